@@ -1,0 +1,94 @@
+/**
+ * What a model family is made of: data that `lib/model` interprets. One file beside this one describes one family, as a function from
+ * its config.json to an `Architecture`; tensor names are those of the Hugging Face checkpoint.
+ */
+import type { Activation, RouterSpec } from '../../types/native';
+
+export interface LinearSpec {
+  /** Tensor name of the weight, [out, in]. */
+  weight: string;
+  /** Tensor name of the bias, [out]. */
+  bias?: string;
+  out: number;
+  in: number;
+}
+
+export interface NormSpec {
+  kind: 'rms' | 'layer';
+  weight: string;
+  /** Layer norm only. */
+  bias?: string;
+  size: number;
+  eps: number;
+}
+
+/** Rotary position embedding. */
+export interface RopeSpec {
+  /** Channels of a head that turn (even; at most headDim). */
+  dim: number;
+  /** Inverse frequencies, dim / 2. */
+  frequencies: number[];
+  /** Multiplies cos and sin. */
+  scale: number;
+  /** Pairs (2i, 2i+1) instead of (i, i + dim/2). */
+  interleaved: boolean;
+  /** longrope: other frequencies once a sequence is longer than `from` tokens. */
+  long?: { frequencies: number[]; scale: number; from: number };
+}
+
+export interface AttentionSpec {
+  q: LinearSpec;
+  k: LinearSpec;
+  v: LinearSpec;
+  o: LinearSpec;
+  heads: number;
+  kvHeads: number;
+  headDim: number;
+  /** Multiplies q·k; usually headDim^-1/2. */
+  scale: number;
+  rope: RopeSpec;
+  /** Sliding window in tokens, 0 = none. */
+  window: number;
+}
+
+/** down(activation(gate x) * up x) */
+export interface GluSpec {
+  gate: LinearSpec;
+  up: LinearSpec;
+  down: LinearSpec;
+}
+
+export interface MoeSpec {
+  kind: 'moe';
+  router: LinearSpec & RouterSpec;
+  experts: GluSpec[];
+  activation: Activation;
+  /** Runs for every token; `gate` ([1, hidden]) scales its output by a sigmoid. */
+  shared?: GluSpec & { outputGate?: LinearSpec };
+}
+
+export interface DenseSpec extends GluSpec {
+  kind: 'dense';
+  activation: Activation;
+}
+
+export interface LayerSpec {
+  attentionNorm: NormSpec;
+  attention: AttentionSpec;
+  feedForwardNorm: NormSpec;
+  feedForward: MoeSpec | DenseSpec;
+}
+
+export interface Architecture {
+  /** `model_type` of config.json. */
+  modelType: string;
+  vocabSize: number;
+  hiddenSize: number;
+  /** Longest sequence the model was made for, in tokens. */
+  maxPositions: number;
+  embedding: { weight: string; scale: number };
+  layers: LayerSpec[];
+  norm: NormSpec;
+  /** `weight` is the embedding's when tied. */
+  head: LinearSpec;
+}

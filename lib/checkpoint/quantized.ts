@@ -1,0 +1,219 @@
+/**
+ * Quantized checkpoints: a Hugging Face directory whose config.json has a `quantization_config` of method 'gptq', as GPTQModel writes
+ * and transformers, vLLM and SGLang read it.
+ *
+ * LAYOUT   Per module `<module>`, for weights [out, in] of b bits in groups of g input channels:
+ *            <module>.qweight i32 [ceil(in / 32) * b, out]          codes along the input channels, a little-endian bit string a column
+ *            <module>.qzeros  i32 [groups, ceil(out / 32) * b]      zero points along the output channels (v2: true values, not minus 1)
+ *            <module>.scales  f16 [groups, out]
+ *            <module>.g_idx   i32 [in]                              channel -> group, here always channel / g
+ *          The file's bits are native/kernels/quant/pack.cpp's business. See dynamic.ts for the per-module overrides.
+ */
+import type { Matrix, QuantMatrix, Tensor } from '../../types/native';
+import { EacMoeError } from '../errors';
+import { native } from '../native';
+import { FieldReader, type ModelConfig } from './config';
+import { compileOverrides, type ModuleQuantization, type Override } from './dynamic';
+import { describeValue } from './files';
+import type { Checkpoint } from './source';
+import type { TensorEntry } from './writer';
+
+export { quantizationConfig, type ModuleQuantization, type QuantizationConfig } from './dynamic';
+
+const RE_SAVE =
+  'use the original, unquantized model, or re-save it with GPTQModel as gptq_v2 with desc_act false';
+
+/** What config.json says about the quantization of a checkpoint. */
+export interface Quantization {
+  /** How a module (name without '.weight') is quantized, or null when it is not. */
+  of(module: string): ModuleQuantization | null;
+  /** The `quantizer` entries of `meta`, e.g. ['eac-moe:0.1.0']. */
+  readonly quantizers: readonly string[];
+}
+
+function unsupported(where: string, what: string, cure = 'use the original, unquantized model'): EacMoeError {
+  return new EacMoeError('UNSUPPORTED_MODEL', `${where}: ${what}; ${cure}`);
+}
+
+function checkFormat(fields: FieldReader): void {
+  const { where } = fields;
+  const method = fields.string(
+    'quant_method',
+    fields.has('load_in_4bit') || fields.has('load_in_8bit') ? 'bitsandbytes' : '',
+  );
+  if (method !== 'gptq') {
+    throw unsupported(
+      where,
+      `this checkpoint is already quantized with ${describeValue(method || undefined)}, only GPTQ (gptq_v2) can be read`,
+    );
+  }
+  const format = fields.string('checkpoint_format', 'gptq');
+  if (format === 'gptq') {
+    throw unsupported(
+      where,
+      "checkpoint_format is 'gptq' (version 1, zero points stored minus one), only 'gptq_v2' can be read",
+      RE_SAVE,
+    );
+  }
+  if (format !== 'gptq_v2')
+    throw unsupported(
+      where,
+      `checkpoint_format is ${describeValue(format)}, only 'gptq_v2' can be read`,
+      RE_SAVE,
+    );
+  if (fields.boolean('desc_act', false))
+    throw unsupported(
+      where,
+      'desc_act is true (groups of scattered channels), which cannot be read',
+      RE_SAVE,
+    );
+  if (fields.boolean('lm_head', false))
+    throw unsupported(where, 'lm_head is quantized, which cannot be read', RE_SAVE);
+}
+
+/** `base` overridden by the fields that are there. */
+function readModule(fields: FieldReader, base?: ModuleQuantization): ModuleQuantization {
+  const bits = fields.positiveInteger('bits', base?.bits);
+  if (bits < 2 || bits > 4) throw unsupported(fields.where, `bits is ${bits}, only 2, 3 and 4 can be read`);
+  const group =
+    fields.value('group_size') === -1 ? Infinity : fields.positiveInteger('group_size', base?.groupSize);
+  const symmetric = fields.boolean('sym', base?.symmetric ?? true);
+  if (fields.boolean('desc_act', false))
+    throw unsupported(fields.where, 'desc_act is true, which cannot be read', RE_SAVE);
+  return { bits, groupSize: group, symmetric };
+}
+
+/** The quantization of a checkpoint, or null for a full-precision one. Fails for formats that cannot be read, saying which it is. */
+export function quantizationOf(config: ModelConfig): Quantization | null {
+  const fields = config.object('quantization_config') ?? config.object('compression_config');
+  if (!fields) return null;
+  checkFormat(fields);
+  const base = readModule(fields);
+  const overrides: Override[] = [];
+  const dynamic = fields.object('dynamic');
+  for (const pattern of Object.keys(dynamic?.raw ?? {})) {
+    if (pattern.startsWith('-:')) overrides.push({ pattern, value: null });
+    else
+      overrides.push({
+        pattern,
+        value: readModule(dynamic!.object(pattern) ?? new FieldReader({}, dynamic!.where), base),
+      });
+  }
+  const lookup = compileOverrides(overrides, base, dynamic?.where ?? fields.where);
+  const quantizer = fields.object('meta')?.value('quantizer');
+  const quantizers = (Array.isArray(quantizer) ? quantizer : [quantizer]).filter(
+    (q): q is string => typeof q === 'string',
+  );
+  return { of: lookup, quantizers };
+}
+
+export interface ExpectedTensor {
+  name: string;
+  dtype: string;
+  shape: number[];
+  optional?: boolean;
+}
+
+/** The tensors of a quantized module with weights [out, in]. */
+export function quantizedTensors(
+  module: string,
+  q: ModuleQuantization,
+  out: number,
+  inputs: number,
+): ExpectedTensor[] {
+  const groups = Math.ceil(inputs / Math.min(q.groupSize, inputs));
+  return [
+    { name: `${module}.qweight`, dtype: 'I32', shape: [Math.ceil(inputs / 32) * q.bits, out] },
+    { name: `${module}.qzeros`, dtype: 'I32', shape: [groups, Math.ceil(out / 32) * q.bits] },
+    { name: `${module}.scales`, dtype: 'F16', shape: [groups, out] },
+    { name: `${module}.g_idx`, dtype: 'I32', shape: [inputs], optional: true },
+  ];
+}
+
+export function moduleOf(weightName: string): string {
+  return weightName.replace(/\.weight$/, '');
+}
+
+/** Entries for the writer. The tensors they hold are small copies; `dispose` them once written, or leave that to garbage collection. */
+export function quantizedEntries(module: string, matrix: QuantMatrix): (TensorEntry & { data: Tensor })[] {
+  const { qweight, qzeros, scales, gIdx } = matrix.toGptq();
+  return [
+    { name: `${module}.qweight`, data: qweight },
+    { name: `${module}.qzeros`, data: qzeros },
+    { name: `${module}.scales`, data: scales },
+    { name: `${module}.g_idx`, data: gIdx },
+  ];
+}
+
+/** Groups must be runs of consecutive channels; act-order with desc_act scatters them. */
+function checkGroupIndex(where: string, module: string, index: ArrayLike<number>, groupSize: number): void {
+  for (let c = 0; c < index.length; c++) {
+    if (index[c] !== Math.floor(c / groupSize)) {
+      throw unsupported(
+        where,
+        `'${module}.g_idx' puts channel ${c} into group ${index[c]}, expected ${Math.floor(c / groupSize)}: groups of scattered channels (desc_act) cannot be read`,
+        RE_SAVE,
+      );
+    }
+  }
+}
+
+function readQuantMatrix(
+  checkpoint: Checkpoint,
+  module: string,
+  q: ModuleQuantization,
+  out: number,
+  inputs: number,
+): QuantMatrix {
+  const groupSize = Math.min(q.groupSize, inputs);
+  const expected = quantizedTensors(module, q, out, inputs);
+  const tensors: Tensor[] = [];
+  try {
+    for (const { name, dtype, shape, optional } of expected) {
+      if (optional && !checkpoint.has(name)) {
+        const trivial = Int32Array.from({ length: inputs }, (_, c) => Math.floor(c / groupSize));
+        tensors.push(native().fromArray(trivial, 'i32', shape));
+        continue;
+      }
+      const found = checkpoint.info(name).dtype;
+      if (found !== dtype) {
+        throw new EacMoeError(
+          'INVALID_TENSOR',
+          `${checkpoint.dir}: tensor '${name}' has dtype ${found}, expected ${dtype}`,
+        );
+      }
+      tensors.push(checkpoint.tensor(name, shape));
+    }
+    const [qweight, qzeros, scales, gIdx] = tensors as [Tensor, Tensor, Tensor, Tensor];
+    checkGroupIndex(checkpoint.dir, module, gIdx.toArray(), groupSize);
+    return native().fromGptq(
+      { qweight, qzeros, scales, gIdx },
+      { rows: out, cols: inputs, bits: q.bits, groupSize, symmetric: q.symmetric },
+    );
+  } finally {
+    for (const tensor of tensors) tensor.dispose();
+  }
+}
+
+/**
+ * The weights of a linear layer, [out, in]: a QuantMatrix when the checkpoint holds '<module>.qweight', else the mapped tensor.
+ * `quantization` is quantizationOf(checkpoint.config); pass it to read it once.
+ */
+export function readMatrix(
+  checkpoint: Checkpoint,
+  weightName: string,
+  out: number,
+  inputs: number,
+  quantization: Quantization | null = quantizationOf(checkpoint.config),
+): Matrix {
+  const module = moduleOf(weightName);
+  if (!checkpoint.has(`${module}.qweight`)) return checkpoint.tensor(weightName, [out, inputs]);
+  const q = quantization?.of(module);
+  if (!q) {
+    throw new EacMoeError(
+      'INVALID_CHECKPOINT',
+      `${checkpoint.dir}: holds '${module}.qweight' but config.json's quantization_config does not say how '${module}' is quantized`,
+    );
+  }
+  return readQuantMatrix(checkpoint, module, q, out, inputs);
+}

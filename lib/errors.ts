@@ -1,0 +1,42 @@
+/**
+ * The one error class of the library. `code` is stable; the message names the file, tensor or option and what would work.
+ */
+export type ErrorCode =
+  /** An argument or option is out of range or of the wrong type. */
+  | 'INVALID_ARGUMENT'
+  /** A file or directory is missing or cannot be read. */
+  | 'FILE_NOT_FOUND'
+  /** A file's content contradicts its format: truncated shard, lying offsets, broken JSON. */
+  | 'INVALID_CHECKPOINT'
+  /** A tensor the architecture needs is missing, or has the wrong dtype or shape. */
+  | 'INVALID_TENSOR'
+  /** Weights or activations hold NaN or infinity. */
+  | 'NON_FINITE'
+  /** model_type unknown, a dense model, or a quantization we do not read. */
+  | 'UNSUPPORTED_MODEL'
+  /** tokenizer.json missing or unusable. */
+  | 'TOKENIZER'
+  /** Calibration data empty or unusable. */
+  | 'CALIBRATION'
+  /** The output directory holds something else, or the disk is full. */
+  | 'OUTPUT'
+  /** A Hessian could not be factored. */
+  | 'NOT_POSITIVE_DEFINITE'
+  | 'OUT_OF_MEMORY'
+  /** The native addon could not be loaded. */
+  | 'NATIVE_UNAVAILABLE'
+  /** An AbortSignal fired. */
+  | 'ABORTED'
+  /** A handle was used after dispose(). */
+  | 'DISPOSED'
+  | 'INTERNAL';
+
+export class EacMoeError extends Error {
+  readonly code: ErrorCode;
+
+  constructor(code: ErrorCode, message: string, options?: { cause?: unknown }) {
+    super(message, options);
+    this.name = 'EacMoeError';
+    this.code = code;
+  }
+}

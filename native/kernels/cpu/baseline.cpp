@@ -1,0 +1,24 @@
+// The level that every machine has: SSE2 on x86-64, NEON on aarch64, whatever the compiler makes of 16-byte vectors elsewhere.
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+#include "kernels/cpu/isa.h"
+
+#define EAC_LANES 4
+#define EAC_PRIMITIVES "kernels/cpu/portable.inl"
+#define EAC_ISA_NAME "baseline"
+#define EAC_ISA_TABLE isa_baseline
+#define EAC_K_BLOCK 512
+#define EAC_NV 2
+#if defined(__aarch64__)  // 32 vector registers instead of 16
+#define EAC_MR 8
+#define EAC_TOKEN_TILE 4
+#else
+#define EAC_MR 4
+#define EAC_TOKEN_TILE 2
+#endif
+
+namespace eac {
+namespace {
+#include "kernels/cpu/simd.inl"
+#include "kernels/cpu/kernels.inl"

@@ -1,0 +1,74 @@
+// Loops over one row. The last, shorter vector goes through the same operations as the others.
+
+void exp_f32(const float* in, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + L <= n; i += L) store(out + i, exp_lanes(load<F>(in + i)));
+  if (i < n) store_part(out + i, exp_lanes(load_part(in + i, n - i)), n - i);
+}
+
+EAC_INLINE F silu_mul_lanes(F g, F u) { return g / (1.0f + exp_lanes(-g)) * u; }
+
+void silu_mul(float* gate, const float* up, int64_t n) {
+  int64_t i = 0;
+  for (; i + L <= n; i += L) store(gate + i, silu_mul_lanes(load<F>(gate + i), load<F>(up + i)));
+  if (i < n) store_part(gate + i, silu_mul_lanes(load_part(gate + i, n - i), load_part(up + i, n - i)), n - i);
+}
+
+SoftmaxInfo softmax_row(float* x, int64_t n) {
+  const float lowest = -__builtin_inff();
+  F m = splat(lowest);
+  int64_t i = 0;
+  for (; i + L <= n; i += L) {
+    const F v = load<F>(x + i);
+    m = v > m ? v : m;
+  }
+  float max = max_lanes(m);
+  for (; i < n; i++) max = x[i] > max ? x[i] : max;
+  const float shift = max == lowest ? 0.0f : max;   // -inf minus -inf would be NaN
+  F s{};
+  for (i = 0; i + L <= n; i += L) {
+    const F e = exp_lanes(load<F>(x + i) - shift);
+    store(x + i, e);
+    s = s + e;
+  }
+  float sum = sum_lanes(s);
+  if (i < n) {
+    const F e = exp_lanes(load_part(x + i, n - i) - shift);
+    store_part(x + i, e, n - i);
+    for (int64_t j = 0; i + j < n; j++) sum += e[j];
+  }
+  if (sum != 0.0f) {
+    const float inverse = 1.0f / sum;
+    for (i = 0; i + L <= n; i += L) store(x + i, load<F>(x + i) * inverse);
+    for (; i < n; i++) x[i] *= inverse;
+  }
+  return {max, sum};
+}
+
+float dot_f32(const float* a, const float* b, int64_t n) {
+  F s0{}, s1{}, s2{}, s3{};
+  int64_t i = 0;
+  for (; i + 4 * L <= n; i += 4 * L) {
+    s0 = load<F>(a + i) * load<F>(b + i) + s0;
+    s1 = load<F>(a + i + L) * load<F>(b + i + L) + s1;
+    s2 = load<F>(a + i + 2 * L) * load<F>(b + i + 2 * L) + s2;
+    s3 = load<F>(a + i + 3 * L) * load<F>(b + i + 3 * L) + s3;
+  }
+  for (; i + L <= n; i += L) s0 = load<F>(a + i) * load<F>(b + i) + s0;
+  if (i < n) s1 = load_part(a + i, n - i) * load_part(b + i, n - i) + s1;
+  return sum_lanes((s0 + s1) + (s2 + s3));
+}
+
+void axpy_f32(float alpha, const float* x, float* y, int64_t n) {
+  int64_t i = 0;
+  for (; i + L <= n; i += L) store(y + i, alpha * load<F>(x + i) + load<F>(y + i));
+  if (i < n) store_part(y + i, alpha * load_part(x + i, n - i) + load_part(y + i, n - i), n - i);
+}
+
+void scale_f32(float alpha, float* x, int64_t n) {
+  int64_t i = 0;
+  for (; i + L <= n; i += L) store(x + i, alpha * load<F>(x + i));
+  for (; i < n; i++) x[i] *= alpha;
+}
+
+float sum_squares(const float* x, int64_t n) { return dot_f32(x, x, n); }

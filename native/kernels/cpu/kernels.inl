@@ -1,0 +1,33 @@
+// One instruction set's table, from the shared source. The including file defines EAC_LANES (f32 lanes), EAC_ISA_NAME,
+// EAC_ISA_TABLE, EAC_TOKEN_TILE and EAC_K_BLOCK, EAC_MR and EAC_NV (GEMM tile: rows, vectors), and opens namespace eac { namespace {
+// with its own primitives before it, simd.inl included.
+
+#include "kernels/cpu/gemm.inl"
+#include "kernels/cpu/dot.inl"
+#include "kernels/cpu/elementwise.inl"
+
+}  // namespace
+
+extern const Isa EAC_ISA_TABLE;
+const Isa EAC_ISA_TABLE = {
+    .name = EAC_ISA_NAME,
+    .lanes = L,
+    .gemm_f32 = {EAC_MR, EAC_NV * L, pack<float>, tile<float, EAC_MR, EAC_NV>},
+    .gemm_f64 = {EAC_MR, EAC_NV * L / 2, pack<double>, tile<double, EAC_MR, EAC_NV>},
+    .token_tile = EAC_TOKEN_TILE,
+    .k_block = EAC_K_BLOCK,
+    .dot_panel = dot_panel,
+    .gemv = gemv,
+    .gemv_quant = gemv_quant,
+    .dequantize = dequantize,
+    .to_f32 = to_f32,
+    .exp_f32 = exp_f32,
+    .silu_mul = silu_mul,
+    .softmax_row = softmax_row,
+    .dot_f32 = dot_f32,
+    .axpy_f32 = axpy_f32,
+    .scale_f32 = scale_f32,
+    .sum_squares = sum_squares,
+};
+
+}  // namespace eac

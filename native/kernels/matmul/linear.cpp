@@ -1,0 +1,164 @@
+// Products of tokens with a weight matrix. Few outputs are needed of many weights (decoding), or many tokens share them (prefill):
+// both are sums along contiguous channels, so weights are expanded to f32 a panel at a time and never transposed.
+#include <algorithm>
+
+#include "core/thread_pool.h"
+#include "kernels/cpu/isa.h"
+#include "kernels/matmul/gemm.h"
+#include "kernels/matmul/scratch.h"
+
+namespace eac {
+namespace {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+constexpr int64_t panel_rows = 32;     // rows expanded at a time, to stay in L2 while the tokens pass
+constexpr int64_t token_block = 192;   // tokens per expansion; a multiple of every token tile
+
+QuantRows quant_rows(const QuantMatrix& q) {
+  return {q.bits, q.codes.as<uint8_t>(), q.scales.as<uint16_t>(), q.zeros.as<uint8_t>(), q.row_bytes(), q.groups(), q.group_size};
+}
+
+struct Weights {
+  const Tensor* dense;
+  QuantRows quant;
+  int64_t in;
+
+  explicit Weights(const Matrix& w) : dense(std::get_if<Tensor>(&w)), quant{}, in(in_features(w)) {
+    if (!dense) quant = quant_rows(std::get<QuantMatrix>(w));
+  }
+  const void* at(int64_t row, int64_t k) const {
+    return dense->as<char>() + (row * in + k) * int64_t(dtype_size(dense->dtype));
+  }
+  // f32 rows whose length suits the vectors are used where they lie.
+  bool in_place() const { return dense && dense->dtype == DType::f32 && in % 32 == 0; }
+
+  // Channels [k0, k0 + k) of some rows as f32 (rows, k), zero beyond the last channel of the matrix; k a multiple of 32.
+  void expand(int64_t row, int64_t rows, int64_t k0, int64_t k, float* out) const {
+    const int64_t n = std::min(k, in - k0);
+    for (int64_t r = 0; r < rows; r++, out += k) {
+      if (dense) isa().to_f32(dense->dtype, at(row + r, k0), n, out);
+      else isa().dequantize(quant, row + r, k0, n, out);
+      std::fill(out + n, out + k, 0.0f);
+    }
+  }
+};
+
+// Rows of x copied to a length that suits the vectors, zero padded.
+const float* pad_tokens(const float* x, int64_t ldx, int64_t n, int64_t in, int64_t padded) {
+  thread_local Scratch scratch;
+  float* out = scratch.get<float>(n * padded);
+  for (int64_t t = 0; t < n; t++) {
+    std::copy_n(x + t * ldx, in, out + t * padded);
+    std::fill(out + t * padded + in, out + (t + 1) * padded, 0.0f);
+  }
+  return out;
+}
+
+// bias[begin, end) in f32, or null.
+const float* bias_f32(const Tensor* bias, int64_t begin, int64_t end) {
+  if (!bias) return nullptr;
+  if (bias->dtype == DType::f32) return bias->f32() + begin;
+  thread_local Scratch scratch;
+  float* out = scratch.get<float>(end - begin);
+  isa().to_f32(bias->dtype, bias->as<char>() + begin * int64_t(dtype_size(bias->dtype)), end - begin, out);
+  return out;
+}
+
+// One token: weights go from memory to registers.
+void one_token(const float* x, const Weights& w, const float* bias, int64_t begin, int64_t end, bool beta, float* y) {
+  constexpr int64_t step = 64;
+  float sums[step];
+  for (int64_t r0 = begin; r0 < end; r0 += step) {
+    const int64_t rows = std::min(step, end - r0);
+    if (w.dense) isa().gemv(w.dense->dtype, w.at(r0, 0), w.in, rows, w.in, x, sums);
+    else isa().gemv_quant(w.quant, r0, r0 + rows, w.in, x, sums);
+    for (int64_t r = 0; r < rows; r++) {
+      float v = sums[r];
+      if (bias) v += bias[r0 - begin + r];
+      if (beta) v += y[r0 + r];
+      y[r0 + r] = v;
+    }
+  }
+}
+
+// Up to token_block tokens: per panel of rows, the k blocks in turn, the lane sums waiting in `acc` between them.
+void some_tokens(const float* x, int64_t ldx, int64_t n, int64_t padded, const Weights& w, const float* bias, int64_t begin, int64_t end,
+                 bool beta, float* y, int64_t ldy) {
+  thread_local Scratch scratch;
+  const Isa& kern = isa();
+  // Few tokens: a panel small enough for L1.
+  const int64_t panel = n <= 2 * kern.token_tile ? 4 : panel_rows;
+  const int64_t block = round_up(ceil_div(padded, ceil_div(padded, kern.k_block)), 32);
+  float* acc = scratch.get<float>(panel * (n * kern.lanes + block));
+  float* expanded = acc + panel * n * kern.lanes;
+  for (int64_t r0 = begin; r0 < end; r0 += panel) {
+    const int64_t rows = std::min(panel, end - r0);
+    for (int64_t k0 = 0; k0 < padded; k0 += block) {
+      const int64_t k = std::min(block, padded - k0);
+      DotPanel p{.k = k, .rows = rows, .tokens = n, .w = expanded, .x = x + k0, .ldw = k, .ldx = ldx, .ldy = ldy, .acc = acc,
+                 .first = k0 == 0, .last = k0 + k == padded, .beta = beta, .bias = bias ? bias + (r0 - begin) : nullptr, .y = y + r0};
+      if (w.in_place()) {
+        p.w = static_cast<const float*>(w.at(r0, k0));
+        p.ldw = w.in;
+      } else {
+        w.expand(r0, rows, k0, k, expanded);
+      }
+      kern.dot_panel(p);
+    }
+  }
+}
+
+void check(const Matrix& w, const Tensor* bias, float beta) {
+  if (const Tensor* t = std::get_if<Tensor>(&w))
+    require(t->dtype == DType::f32 || t->dtype == DType::f16 || t->dtype == DType::bf16, "linear: weights must be f32, f16 or bf16");
+  require(beta == 0 || beta == 1, "linear: beta must be 0 or 1");
+  if (bias) {
+    require(bias->dtype == DType::f32 || bias->dtype == DType::f16 || bias->dtype == DType::bf16, "linear: the bias must be f32, f16 or bf16");
+    require(bias->size() == out_features(w), "linear: the bias must have one element per output");
+  }
+}
+
+}  // namespace
+
+void linear_serial(const float* x, int64_t ldx, int64_t n, const Matrix& w, const Tensor* bias, int64_t begin, int64_t end, float beta,
+                   float* y, int64_t ldy) {
+  check(w, bias, beta);
+  if (n <= 0 || begin >= end) return;
+  const Weights weights(w);
+  const float* b = bias_f32(bias, begin, end);
+  const int64_t padded = round_up(weights.in, 32);
+  require(weights.in > 0, "linear: weights without input channels");
+  for (int64_t t = 0; t < n; t += token_block) {
+    const int64_t tokens = std::min(token_block, n - t);
+    const float* xt = x + t * ldx;
+    int64_t ld = ldx;
+    if (padded != weights.in) {
+      xt = pad_tokens(xt, ldx, tokens, weights.in, padded);
+      ld = padded;
+    }
+    float* yt = y + t * ldy;
+    if (tokens == 1 && (!weights.dense || padded == weights.in)) one_token(xt, weights, b, begin, end, beta != 0, yt);
+    else some_tokens(xt, ld, tokens, padded, weights, b, begin, end, beta != 0, yt, ldy);
+  }
+}
+
+void linear(const float* x, int64_t ldx, int64_t n, const Matrix& w, const Tensor* bias, float beta, float* y, int64_t ldy) {
+  const int64_t out = out_features(w), threads = thread_count();
+  if (n <= 0 || out <= 0) return;
+  if (threads == 1 || double(out) * double(in_features(w)) * double(n) < 1 << 16) {
+    linear_serial(x, ldx, n, w, bias, 0, out, beta, y, ldy);
+    return;
+  }
+  // Pieces of rows by blocks of tokens, some for each thread so that none waits long at the end.
+  const int64_t token_blocks = ceil_div(n, token_block);
+  const int64_t per_block = ceil_div(8 * threads, token_blocks);
+  const int64_t rows = std::min<int64_t>(256, round_up(ceil_div(out, per_block), n == 1 ? 8 : panel_rows));
+  parallel_for(ceil_div(out, rows) * token_blocks, [&](int64_t task) {
+    const int64_t t = task % token_blocks * token_block, r = task / token_blocks * rows;
+    linear_serial(x + t * ldx, ldx, std::min(token_block, n - t), w, bias, r, std::min(out, r + rows), beta, y + t * ldy, ldy);
+  });
+}
+
+}  // namespace eac

@@ -1,0 +1,33 @@
+// Rotary embedding and causal attention with grouped query heads.
+#pragma once
+#include <vector>
+
+#include "core/tensor.h"
+#include "kernels/nn/sequence.h"
+
+namespace eac {
+
+// In place on x (n × heads*head_dim). For pair i of 2*frequencies.size() turning channels and position p:
+//   (a, b) -> (a cos - b sin, a sin + b cos) * scale,  angle = p * frequencies[i]
+// (a, b) = channels (i, i + dim/2), or (2i, 2i+1) when interleaved. A sequence whose end lies beyond `long_from` tokens uses the long
+// frequencies and scale (longrope, arXiv 2402.13753; as in Phi-3.5-MoE's code).
+struct Rope {
+  int64_t head_dim = 0;
+  std::vector<float> frequencies, long_frequencies;
+  float scale = 1, long_scale = 1;
+  bool interleaved = false;
+  int64_t long_from = 0;
+};
+void rope(float* x, int64_t width, const std::vector<Sequence>& sequences, const Rope& r);
+
+// SHAPES      q, out (n × heads*head_dim); k, v (n × kv_heads*head_dim); heads a multiple of kv_heads
+// DEFINITION  k and v are appended to the sequence's cache at `layer` (not yet counted in its length); token at position p then attends
+//             to positions max(0, p - window + 1) .. p (window 0: from 0):  out = softmax(scale q.k) v
+// REGULARITY  A token's result does not depend on how its sequence was cut into batches of more than four rows.
+struct Attention {
+  int64_t layer = 0, heads = 0, kv_heads = 0, head_dim = 0, window = 0;
+  float scale = 1;
+};
+void attention(const float* q, const float* k, const float* v, const std::vector<Sequence>& sequences, const Attention& a, float* out);
+
+}  // namespace eac

@@ -1,0 +1,56 @@
+// The sequences of a batch and their key-value caches.
+#pragma once
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "core/tensor.h"
+
+namespace eac {
+
+// Keys and values of one sequence, a layer after the other; rows are tokens. Capacity doubles when it runs out.
+class KvCache {
+ public:
+  struct Widths { int64_t key, value; };
+  explicit KvCache(std::vector<Widths> widths) : widths_(std::move(widths)), keys_(widths_.size()), values_(widths_.size()) {}
+
+  int64_t length = 0;  // tokens that count; rows beyond are scratch of the batch in flight
+
+  size_t layers() const { return widths_.size(); }
+  Widths widths(size_t layer) const { return widths_[layer]; }
+  float* keys(size_t layer) const { return keys_[layer].f32(); }
+  float* values(size_t layer) const { return values_[layer].f32(); }
+
+  void reserve(int64_t tokens) {
+    if (tokens <= capacity_) return;
+    const int64_t wanted = std::max<int64_t>({tokens, 2 * capacity_, 64});
+    for (size_t l = 0; l < layers(); l++) {
+      keys_[l] = grown(keys_[l], wanted, widths_[l].key);
+      values_[l] = grown(values_[l], wanted, widths_[l].value);
+    }
+    capacity_ = wanted;
+  }
+  size_t bytes() const {
+    size_t n = 0;
+    for (const Widths& w : widths_) n += size_t(capacity_ * (w.key + w.value)) * sizeof(float);
+    return n;
+  }
+
+ private:
+  Tensor grown(const Tensor& old, int64_t rows, int64_t width) const {
+    Tensor t = Tensor::zeros(DType::f32, {rows, width});
+    if (length > 0) std::memcpy(t.data, old.data, size_t(length * width) * sizeof(float));
+    return t;
+  }
+  std::vector<Widths> widths_;
+  std::vector<Tensor> keys_, values_;
+  int64_t capacity_ = 0;
+};
+
+// Rows [begin, begin + length) of the batch are this sequence's tokens at positions position, position + 1, ...
+struct Sequence {
+  int64_t begin = 0, length = 0, position = 0;
+  std::shared_ptr<KvCache> cache;  // may be null: the sequence then is its own context
+};
+
+}  // namespace eac

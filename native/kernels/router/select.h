@@ -1,0 +1,36 @@
+// From router logits to chosen experts and their weights, and what pruning does to them. All in f32, one row a token.
+//
+// SHAPES  logits (n × experts); weights, indices (n × top_k), in falling order of weight; an empty slot has index -1 and weight 0.
+//         Ties go to the smaller expert index.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "kernels/nn/sequence.h"
+
+namespace eac {
+
+enum class Scoring { softmax, sparse_mixer };
+
+struct RouterSpec {
+  Scoring scoring = Scoring::softmax;
+  int64_t experts = 0, top_k = 0;
+  bool renormalize = false;  // divide the chosen weights by their sum
+  float scale = 1;           // multiplies the weights at the end
+  float jitter = 0;          // sparse mixer: an expert competes while (max - s) / max(|s|, max) <= 2 * jitter (arXiv 2409.12136)
+};
+
+void select_experts(const float* logits, int64_t n, const RouterSpec& r, float* weights, int32_t* indices);
+
+// counts (sequences × experts) = how often each sequence chose each expert.
+void count_selections(const int32_t* indices, const std::vector<Sequence>& sequences, const RouterSpec& r, int32_t* counts);
+
+// What a token gets when some of its experts are pruned in its sequence (mask (sequences × experts), 1 = kept):
+//   drop         their terms vanish
+//   renormalize  the survivors' weights are scaled to the sum that all had
+//   reselect     the token chooses again among the kept experts, scores unchanged
+enum class PruneMode { drop, renormalize, reselect };
+void apply_expert_mask(const float* logits, const uint8_t* mask, PruneMode mode, const std::vector<Sequence>& sequences, const RouterSpec& r,
+                       float* weights, int32_t* indices);
+
+}  // namespace eac

@@ -1,0 +1,175 @@
+// Router calibration against the direct solution.
+#include <cmath>
+#include <cstdio>
+#include <functional>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "core/thread_pool.h"
+#include "kernels/router/calibrate.h"
+
+using namespace eac;
+
+namespace {
+
+int failures = 0;
+
+void check(bool ok, const std::string& what) {
+  if (ok) return;
+  failures++;
+  std::printf("FAILED %s\n", what.c_str());
+}
+
+void run(const char* name, const std::function<void()>& test) {
+  const int before = failures;
+  try {
+    test();
+  } catch (const std::exception& e) {
+    check(false, std::string(name) + " threw: " + e.what());
+  }
+  if (failures == before) std::printf("ok %s\n", name);
+}
+
+Tensor random_matrix(int64_t rows, int64_t cols, unsigned seed, float scale = 1) {
+  std::mt19937 gen(seed);
+  std::normal_distribution<float> normal(0, scale);
+  Tensor t = Tensor::zeros(DType::f32, {rows, cols});
+  for (int64_t i = 0; i < t.size(); i++) t.f32()[i] = normal(gen);
+  return t;
+}
+
+struct Streams {
+  Tensor w, x, targets;
+};
+
+// Inputs with a large shared component, clusters and channels of uneven energy; the quantized stream is the full one, disturbed.
+Streams streams(int64_t tokens, int64_t d, int64_t experts, unsigned seed) {
+  Streams s{random_matrix(experts, d, seed, 0.2f), Tensor::zeros(DType::f32, {tokens, d}), Tensor::zeros(DType::f32, {tokens, experts})};
+  const int64_t clusters = 6;
+  const Tensor centre = random_matrix(clusters, d, seed + 1), shared = random_matrix(1, d, seed + 2, 2.0f);
+  const Tensor own = random_matrix(tokens, d, seed + 3, 0.5f), noise = random_matrix(tokens, d, seed + 4, 0.15f);
+  for (int64_t t = 0; t < tokens; t++) {
+    std::vector<float> full(d);
+    for (int64_t j = 0; j < d; j++) {
+      const float energy = 0.2f + 2.0f * float((j * 13) % 11) / 11.0f;
+      full[j] = (shared.f32()[j] + centre.f32()[t % clusters * d + j] + own.f32()[t * d + j]) * energy;
+      s.x.f32()[t * d + j] = full[j] * 0.97f + noise.f32()[t * d + j] * energy;
+    }
+    for (int64_t e = 0; e < experts; e++)
+      for (int64_t j = 0; j < d; j++) s.targets.f32()[t * experts + e] += full[j] * s.w.f32()[e * d + j];
+  }
+  return s;
+}
+
+// |a - b| / |a - w|: the difference relative to the correction, worst row.
+double worst_row(const Tensor& a, const Tensor& b, const Tensor& w) {
+  const int64_t d = w.cols();
+  double worst = 0;
+  for (int64_t e = 0; e < w.rows(); e++) {
+    double off = 0, size = 0;
+    for (int64_t j = 0; j < d; j++) {
+      off += std::pow(double(a.f32()[e * d + j]) - b.f32()[e * d + j], 2);
+      size += std::pow(double(a.f32()[e * d + j]) - element(w, e * d + j), 2);
+    }
+    worst = std::max(worst, size > 0 ? std::sqrt(off / size) : off > 0 ? 1.0 : 0.0);
+  }
+  return worst;
+}
+
+void compare(const Streams& s, const RouterCalibrationOptions& o, const std::string& name) {
+  const RouterCalibration fast = calibrate_router(s.w, s.x, s.targets, o), slow = calibrate_router_reference(s.w, s.x, s.targets, o);
+  const double off = worst_row(slow.weight, fast.weight, s.w);
+  check(off < 1e-3, name + ": off by " + std::to_string(off) + " after " + std::to_string(fast.iterations) + " iterations");
+  check(std::fabs(fast.loss_before - slow.loss_before) <= 1e-4 * slow.loss_before, name + ": loss before");
+  check(std::fabs(fast.loss_after - slow.loss_after) <= 1e-3 * slow.loss_after + 1e-6 * slow.loss_before, name + ": loss after");
+  check(fast.loss_after < fast.loss_before, name + ": the loss falls");
+}
+
+void converges() {
+  compare(streams(3000, 96, 16, 1), {.k = 8}, "top 8 of 16");
+  compare(streams(3000, 96, 16, 2), {.k = 2}, "top 2 of 16");
+  compare(streams(3000, 64, 8, 3), {.k = 8}, "plain MSE");
+  compare(streams(9000, 40, 6, 4), {.k = 3, .ridge = 1e-4}, "more tokens than a chunk, small ridge");
+  compare(streams(1000, 130, 32, 5), {.k = 4, .ridge = 1e-2}, "stiff ridge");
+  compare(streams(200, 128, 24, 6), {.k = 4}, "fewer tokens in a window than channels");
+  compare(streams(50, 1, 1, 7), {.k = 1}, "one channel, one expert");
+}
+
+void plain_mse_needs_few_iterations() {
+  const Streams s = streams(2000, 80, 12, 8);
+  const RouterCalibration r = calibrate_router(s.w, s.x, s.targets, {.k = 12});
+  check(r.iterations <= 4, "with K = E the preconditioner is the system: " + std::to_string(r.iterations) + " iterations");
+}
+
+void empty_windows_keep_the_row() {
+  Streams s = streams(400, 48, 8, 9);
+  for (int64_t t = 0; t < 400; t++) s.targets.f32()[t * 8 + 5] = -1e3f;
+  const RouterCalibration r = calibrate_router(s.w, s.x, s.targets, {.k = 3});
+  check(std::memcmp(r.weight.f32() + 5 * 48, s.w.f32() + 5 * 48, 48 * sizeof(float)) == 0, "a row without tokens");
+  check(worst_row(calibrate_router_reference(s.w, s.x, s.targets, {.k = 3}).weight, r.weight, s.w) < 1e-3, "the other rows");
+  const RouterCalibration none = calibrate_router(s.w, s.x.row_range(0, 0), s.targets.row_range(0, 0), {.k = 3});
+  check(std::memcmp(none.weight.data, s.w.data, s.w.bytes()) == 0 && none.iterations == 0, "no tokens at all");
+}
+
+void ties_go_to_the_smaller_expert() {
+  Streams s = streams(300, 32, 6, 10);
+  for (int64_t i = 0; i < s.targets.size(); i++) s.targets.f32()[i] = 1.0f;
+  const RouterCalibration r = calibrate_router(s.w, s.x, s.targets, {.k = 2});
+  for (int64_t e = 0; e < 6; e++) {
+    const bool same = std::memcmp(r.weight.f32() + e * 32, s.w.f32() + e * 32, 32 * sizeof(float)) == 0;
+    check(same == (e >= 2), "ties: expert " + std::to_string(e));
+  }
+}
+
+void few_iterations_still_improve() {
+  const Streams s = streams(1500, 96, 16, 11);
+  double previous = std::numeric_limits<double>::infinity();
+  for (int iterations : {0, 1, 3, 10}) {
+    const RouterCalibration r = calibrate_router(s.w, s.x, s.targets, {.k = 4, .max_iterations = iterations});
+    check(r.loss_after <= r.loss_before && r.loss_after <= previous * 1.0001, "loss after " + std::to_string(iterations));
+    previous = r.loss_after;
+  }
+}
+
+void refuses() {
+  Streams s = streams(20, 8, 4, 12);
+  const auto code = [&](const RouterCalibrationOptions& o) -> std::string {
+    try {
+      calibrate_router(s.w, s.x, s.targets, o);
+    } catch (const Error& e) {
+      return e.code;
+    }
+    return "";
+  };
+  check(code({.k = 0}) == "INVALID_ARGUMENT" && code({.k = 5}) == "INVALID_ARGUMENT", "k out of range");
+  check(code({.k = 2, .ridge = -1}) == "INVALID_ARGUMENT", "negative ridge");
+  s.x.f32()[3] = std::numeric_limits<float>::quiet_NaN();
+  check(code({.k = 2}) == "NON_FINITE", "NaN input");
+}
+
+void threads_change_nothing() {
+  const Streams s = streams(9000, 64, 8, 13);
+  std::vector<RouterCalibration> results;
+  for (int threads : {1, 2, 5}) {
+    set_thread_count(threads);
+    results.push_back(calibrate_router(s.w, s.x, s.targets, {.k = 3}));
+    const RouterCalibration &a = results[0], &b = results.back();
+    check(std::memcmp(a.weight.data, b.weight.data, a.weight.bytes()) == 0 && a.iterations == b.iterations && a.loss_after == b.loss_after,
+          "result by thread count");
+  }
+}
+
+}  // namespace
+
+int main() {
+  run("conjugate gradients reach the direct solution", converges);
+  run("plain MSE needs few iterations", plain_mse_needs_few_iterations);
+  run("a row that no token has in its window stays", empty_windows_keep_the_row);
+  run("ties go to the smaller expert", ties_go_to_the_smaller_expert);
+  run("an unfinished iteration still improves", few_iterations_still_improve);
+  run("bad arguments are refused", refuses);
+  run("the number of threads changes nothing", threads_change_nothing);
+  return failures ? 1 : 0;
+}

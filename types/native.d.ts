@@ -1,0 +1,294 @@
+/**
+ * The native binding (`native/addon/`), as `lib/native.ts` loads it. Hand-written; test/native.test.ts holds it against
+ * the addon's own exports.
+ *
+ * Conventions. Handles (`Tensor`, `QuantMatrix`, ...) own native memory until `dispose()` or garbage collection; a running job keeps what
+ * it uses alive. Functions that compute return a promise and run on the addon's own thread pool. `control` is an Int32Array of
+ * length >= 1 that native threads poll: a non-zero control[0] aborts the job with code ABORTED.
+ * Native errors are plain objects `{ code, message }`; lib/native.ts turns them into EacMoeError.
+ */
+
+export type DType = 'f32' | 'f16' | 'bf16' | 'f64' | 'i32' | 'u8';
+export type NumericArray = Float32Array | Float64Array | Int32Array | Uint16Array | Uint8Array;
+export type Control = Int32Array;
+
+/** A row-major array in native memory. The matrix view has `cols` = last dimension, `rows` = product of the others. */
+export interface Tensor {
+  readonly dtype: DType;
+  readonly shape: number[];
+  readonly byteLength: number;
+  /** Rows [begin, end) of the matrix view, sharing the memory. */
+  rows(begin: number, end: number): Tensor;
+  /** The same memory with another shape of equal size. */
+  reshape(shape: number[]): Tensor;
+  /** A copy as numbers: Float32Array for float dtypes (f64 too), Int32Array for i32, Uint8Array for u8. */
+  toArray(): Float32Array | Int32Array | Uint8Array;
+  /** A copy of the raw bytes, little-endian, as stored. */
+  toBytes(): Uint8Array;
+  /** Overwrites all elements; `data` has one number an element and is converted to the dtype. */
+  write(data: NumericArray): void;
+  dispose(): void;
+}
+
+/** Weights quantized in groups along the input channels (native/kernels/quant/quant_matrix.h). Shape [rows, cols] = [out, in]. */
+export interface QuantMatrix {
+  readonly bits: number;
+  readonly rows: number;
+  readonly cols: number;
+  readonly groupSize: number;
+  readonly symmetric: boolean;
+  readonly byteLength: number;
+  /** u8 [rows, cols] */
+  codes(): Tensor;
+  /** f16 [rows, groups], shared */
+  scales(): Tensor;
+  /** u8 [rows, groups], shared */
+  zeros(): Tensor;
+  /** f32 [rows, cols] */
+  dequantize(): Tensor;
+  /** The GPTQ v2 tensors: qweight i32, qzeros i32, scales f16, gIdx i32. */
+  toGptq(): GptqTensors;
+  dispose(): void;
+}
+export interface GptqTensors {
+  qweight: Tensor;
+  qzeros: Tensor;
+  scales: Tensor;
+  gIdx: Tensor;
+}
+
+/** Weights of a linear layer, [out, in]. */
+export type Matrix = Tensor | QuantMatrix;
+
+/** A read-only file mapped into memory. */
+export interface MappedFile {
+  readonly byteLength: number;
+  /** A copy of bytes [begin, end). */
+  bytes(begin: number, end: number): Uint8Array;
+  /** A tensor over the mapping; keeps it alive. */
+  tensor(dtype: DType, shape: number[], byteOffset: number): Tensor;
+  /** Tells the system that the pages of [begin, end) are not needed now: they leave resident memory and are read again on use. */
+  release(begin: number, end: number): void;
+  dispose(): void;
+}
+
+export interface QuantOptions {
+  bits: number;
+  groupSize: number;
+  symmetric: boolean;
+  clipSearch: boolean;
+}
+
+/** The factor U of a damped Hessian, H^-1 = U^T U. */
+export interface HessianFactor {
+  readonly size: number;
+  /** Damped diagonal by channel: the importance for a clip search. */
+  diagonal(): Float32Array;
+  dispose(): void;
+}
+
+/** Keys and values of one sequence, per layer, f32. Grows as tokens come. */
+export interface KvCache {
+  /** Tokens held. */
+  readonly length: number;
+  readonly byteLength: number;
+  /** Forgets the tokens from `length` on. */
+  truncate(length: number): void;
+  dispose(): void;
+}
+
+/** How router logits become chosen experts and weights. */
+export interface RouterSpec {
+  /** softmax over all experts then top-k; or the sparse mixer of Phi-3.5-MoE (top-2, arXiv 2409.12136, evaluation mode). */
+  scoring: 'softmax' | 'sparse-mixer';
+  topK: number;
+  /** Divide the chosen weights by their sum. */
+  renormalize: boolean;
+  /** Multiplies the weights at the end. */
+  scale: number;
+  /** Sparse mixer only: the router's jitter epsilon. */
+  jitter: number;
+}
+
+export type Register = number;
+export type Activation = 'silu' | 'gelu' | 'gelu-tanh' | 'relu';
+
+/**
+ * One step of a program. Registers hold one row a token unless said otherwise; widths are declared with the program.
+ * `rope` tables hold the inverse frequencies [rotaryDim / 2]; `long` takes over when a sequence is longer than `longFrom` tokens.
+ */
+export type Op =
+  | { op: 'embed'; out: Register; table: Tensor; scale: number }
+  | { op: 'rmsNorm'; x: Register; out: Register; weight: Tensor; eps: number }
+  | { op: 'layerNorm'; x: Register; out: Register; weight: Tensor; bias: Tensor; eps: number }
+  /** out = x W^T + bias, or out += that when `add`; `scale` multiplies the product. */
+  | { op: 'linear'; x: Register; out: Register; weight: Matrix; bias?: Tensor; add?: boolean }
+  /** In place, on heads of `headDim`; the first 2 * frequencies.length channels of a head turn, paired half by half or interleaved. */
+  | {
+      op: 'rope';
+      x: Register;
+      headDim: number;
+      frequencies: Tensor;
+      scale: number;
+      interleaved: boolean;
+      longFrequencies?: Tensor;
+      longScale?: number;
+      longFrom?: number;
+    }
+  /** Causal attention over the sequence's cache (or over its own rows when it has none); appends k and v to layer `layer` of the cache. */
+  | {
+      op: 'attention';
+      q: Register;
+      k: Register;
+      v: Register;
+      out: Register;
+      layer: number;
+      heads: number;
+      kvHeads: number;
+      headDim: number;
+      scale: number;
+      /** Sliding window in tokens; 0 = none. */
+      window: number;
+    }
+  /** logits [tokens, experts] -> weights, indices [tokens, topK], counts [sequences, experts]. */
+  | { op: 'route'; logits: Register; weights: Register; indices: Register; counts: Register; router: RouterSpec }
+  /** Applies the frame's expert mask (see Frame.setExpertMask) to weights and indices; nothing when there is none. */
+  | { op: 'reselect'; logits: Register; weights: Register; indices: Register; router: RouterSpec }
+  /** out (+)= sum over the chosen experts of weight * down(activation(gate x) * up x); pruned slots (index -1) cost nothing. */
+  | {
+      op: 'experts';
+      x: Register;
+      weights: Register;
+      indices: Register;
+      out: Register;
+      gate: Matrix[];
+      up: Matrix[];
+      down: Matrix[];
+      activation: Activation;
+      add?: boolean;
+    }
+  /** gate = activation(gate) * up, in place. */
+  | { op: 'glu'; gate: Register; up: Register; activation: Activation }
+  /** out += sigmoid(gate) * x, gate one number a row; without `gate` out += x. */
+  | { op: 'gatedAdd'; x: Register; out: Register; gate?: Register }
+  | { op: 'copy'; x: Register; out: Register }
+  /** out, one row a sequence: its last row of x. */
+  | { op: 'lastRows'; x: Register; out: Register }
+  /** logits [sequences, vocabulary] -> ids [sequences, 1], under the frame's sampling options. */
+  | { op: 'sample'; logits: Register; out: Register };
+
+export interface RegisterSpec {
+  width: number;
+  dtype: 'f32' | 'i32';
+  /** One row a token, or one a sequence. */
+  rows: 'tokens' | 'sequences';
+}
+
+/** A recorded list of operations over registers; immutable, shared by frames. */
+export interface Program {
+  readonly length: number;
+  dispose(): void;
+}
+
+export interface Sequence {
+  /** Tokens of this sequence in the batch. */
+  length: number;
+  /** Without a cache the sequence starts at position 0 and attends to its own rows only. */
+  cache?: KvCache;
+}
+
+export interface Sampling {
+  /** 0 = greedy. */
+  temperature: number;
+  /** 0 = off. */
+  topK: number;
+  /** 1 = off. */
+  topP: number;
+  /** One uniform number in [0, 1) a sequence. */
+  uniform: Float64Array;
+}
+
+/** The registers of one batch in flight. One run at a time. */
+export interface Frame {
+  /** Starts a batch: positions follow from the caches' lengths. `ids` may be null when the program has no `embed`. */
+  begin(ids: Int32Array | null, sequences: Sequence[]): void;
+  /** Uses `tensor` (rows and width must fit) as the memory of a register, until the next bind or `null`. */
+  bind(register: Register, tensor: Tensor | null): void;
+  /** Per sequence and expert, 1 = kept, 0 = pruned; `null` = no pruning. Rows: sequences. */
+  setExpertMask(mask: Uint8Array | null, mode: 'drop' | 'renormalize' | 'reselect'): void;
+  setSampling(sampling: Sampling): void;
+  /** Runs ops [from, to). */
+  run(from: number, to: number, control?: Control): Promise<void>;
+  /** Makes the caches hold the tokens of this batch. */
+  commit(): void;
+  /** A copy of a register's rows. */
+  read(register: Register): Float32Array | Int32Array;
+  /** The register's memory as a tensor; its contents are those of the latest run. */
+  tensor(register: Register): Tensor;
+  dispose(): void;
+}
+
+export interface NativeBinding {
+  /** e.g. { version: '0.1.0', isa: 'avx512', isas: ['baseline', 'avx2', 'avx512'] } */
+  info(): { version: string; isa: string; isas: string[] };
+  setIsa(name: string): void;
+  threads(): number;
+  setThreads(n: number): void;
+
+  zeros(dtype: DType, shape: number[]): Tensor;
+  fromArray(data: NumericArray, dtype: DType, shape: number[]): Tensor;
+  /** Bytes as they lie in a file, little-endian. */
+  fromBytes(data: Uint8Array, dtype: DType, shape: number[]): Tensor;
+  mapFile(path: string): MappedFile;
+  /** Converts to another float dtype. */
+  cast(tensor: Tensor, dtype: DType): Promise<Tensor>;
+  /** Copies rows `indices` of x (f32) into `out` (f32 [indices.length, cols]). */
+  gatherRows(x: Tensor, indices: Int32Array, out: Tensor): Promise<void>;
+  /** Index of the first element that is NaN or infinite, or -1. */
+  findNonFinite(tensor: Tensor, control?: Control): Promise<number>;
+
+  quantizeRtn(w: Tensor, options: QuantOptions, importance?: Float32Array): Promise<QuantMatrix>;
+  accumulateHessian(h: Tensor, x: Tensor, weights?: Float32Array): Promise<void>;
+  accumulateCross(d: Tensor, xFull: Tensor, x: Tensor, weights?: Float32Array): Promise<void>;
+  factorHessian(h: Tensor, damping: number, actOrder: boolean, control?: Control): Promise<HessianFactor>;
+  twoStreamTarget(w: Tensor, factor: HessianFactor, d: Tensor, beta: number): Promise<Tensor>;
+  quantizeGptq(
+    w: Tensor,
+    factor: HessianFactor,
+    options: QuantOptions,
+    control?: Control,
+  ): Promise<{ matrix: QuantMatrix; error: number }>;
+  packCodes(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    options: { bits: number; groupSize: number; symmetric: boolean },
+  ): QuantMatrix;
+  fromGptq(
+    tensors: GptqTensors,
+    options: { rows: number; cols: number; bits: number; groupSize: number; symmetric: boolean },
+  ): QuantMatrix;
+
+  calibrateRouter(
+    w: Tensor,
+    x: Tensor,
+    targets: Tensor,
+    options: { k: number; ridge: number; tolerance: number; maxIterations: number },
+    control?: Control,
+  ): Promise<{ weight: Tensor; iterations: number; lossBefore: number; lossAfter: number }>;
+
+  /** y = x W^T (+ bias): x f32 [n, in] -> f32 [n, out]. */
+  linear(x: Tensor, w: Matrix, bias?: Tensor): Promise<Tensor>;
+
+  /** Negative log-likelihood in nats of targets[i] under softmax(logits row i); targets -1 give 0. */
+  tokenNll(logits: Tensor, targets: Int32Array): Promise<Float64Array>;
+  /** KL(softmax(p) || softmax(q)) in nats, per row. */
+  klDivergence(p: Tensor, q: Tensor): Promise<Float64Array>;
+  /** The `count` largest rows of column `column` of x, not in `exclude`, by falling value (ties: the earlier row). */
+  topRows(x: Tensor, column: number, count: number, exclude: Int32Array): Promise<Int32Array>;
+
+  createProgram(registers: RegisterSpec[], ops: Op[]): Program;
+  createFrame(program: Program): Frame;
+  /** Per layer the widths of a key row and a value row. */
+  createKvCache(layers: { keyWidth: number; valueWidth: number }[]): KvCache;
+}
