@@ -58,4 +58,12 @@ export default tseslint.config(
       'prefer-const': 'error',
     },
   },
+  {
+    files: ['test/**/*.ts'],
+    rules: {
+      '@typescript-eslint/no-require-imports': 'off',
+      // Tests imitate what native code throws.
+      '@typescript-eslint/only-throw-error': 'off',
+    },
+  },
 );

@@ -14,3 +14,36 @@ export {
 export type { GenerateOptions, GenerateResult } from './model/generate';
 export type { ExpertPolicy, ExpertSelection } from './model/policy';
 export type { ChatMessage, Tokenizer } from './model/tokenizer';
+export { quantizeMoE } from './quantize';
+export { inspectModel, type InspectOptions, type ModelInfo, type ModelSize } from './quantize/inspect';
+export type {
+  CalibrationSource,
+  LayerReport,
+  Progress,
+  QuantizeOptions,
+  QuantizeReport,
+  RouterCalibrationSettings,
+} from './quantize/options';
+export type { BitsOption, PlannedModule, SharedBits } from './quantize/plan';
+export {
+  pruneExperts,
+  pruneReport,
+  PesfPolicy,
+  type LayerPruning,
+  type PruneMode,
+  type PruneOptions,
+  type PruneReport,
+} from './prune/pesf';
+export {
+  evaluate,
+  type CausalResult,
+  type ChoiceResult,
+  type ChoiceRow,
+  type EvaluateOptions,
+  type EvaluateProgress,
+  type Evaluation,
+  type ExpertShift,
+  type LayerShift,
+  type ShiftRates,
+} from './evaluate';
+export { version } from './version';

@@ -81,7 +81,7 @@ function unavailable(file: string | undefined, cause: unknown): EacMoeError {
     const why = `this package has no binary for ${platform}, Node ${process.versions.node}, and install scripts, which would have built one, may be switched off`;
     return new EacMoeError('NATIVE_UNAVAILABLE', `no native addon found: ${why}. ${cure}`, { cause });
   }
-  const reason = cause instanceof Error ? cause.message : String(cause);
+  const reason = String((cause as { message?: unknown }).message ?? cause);
   let likely = '';
   if (/GLIBC|CXXABI|ld-musl|libc\.musl/.test(reason)) {
     likely = ' The binary was built for another C library than this system has.';

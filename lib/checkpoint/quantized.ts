@@ -130,6 +130,9 @@ export function quantizedTensors(
   ];
 }
 
+/** What reading needs of a Checkpoint, or of one of its files. */
+export type TensorReader = Pick<Checkpoint, 'dir' | 'has' | 'info' | 'tensor'> & Partial<Pick<Checkpoint, 'config'>>;
+
 export function moduleOf(weightName: string): string {
   return weightName.replace(/\.weight$/, '');
 }
@@ -159,7 +162,7 @@ function checkGroupIndex(where: string, module: string, index: ArrayLike<number>
 }
 
 function readQuantMatrix(
-  checkpoint: Checkpoint,
+  checkpoint: TensorReader,
   module: string,
   q: ModuleQuantization,
   out: number,
@@ -200,11 +203,11 @@ function readQuantMatrix(
  * `quantization` is quantizationOf(checkpoint.config); pass it to read it once.
  */
 export function readMatrix(
-  checkpoint: Checkpoint,
+  checkpoint: TensorReader,
   weightName: string,
   out: number,
   inputs: number,
-  quantization: Quantization | null = quantizationOf(checkpoint.config),
+  quantization: Quantization | null = checkpoint.config ? quantizationOf(checkpoint.config) : null,
 ): Matrix {
   const module = moduleOf(weightName);
   if (!checkpoint.has(`${module}.qweight`)) return checkpoint.tensor(weightName, [out, inputs]);

@@ -18,6 +18,8 @@ export interface Batch {
 export interface RunOptions {
   policy?: ExpertPolicy;
   control?: Control;
+  /** Called after a MoE layer's router has chosen, before the policy prunes; may read the frame. */
+  onRoute?: (layer: number, stages: LayerStages, frame: Frame) => void;
   /** Called after each layer, before the next one runs; may read the frame. */
   onLayer?: (layer: number, stages: LayerStages, frame: Frame) => void;
 }
@@ -144,13 +146,16 @@ export class Decoder {
     }
   }
 
-  async #runLayers(frame: Frame, batch: Batch, { policy, control, onLayer }: RunOptions): Promise<void> {
+  async #runLayers(frame: Frame, batch: Batch, { policy, control, onRoute, onLayer }: RunOptions): Promise<void> {
     let done = 0;
     for (const [layer, stages] of this.layers.entries()) {
       const spec = this.#architecture.layers[layer]!.feedForward;
-      if (policy && spec.kind === 'moe') {
+      if (spec.kind === 'moe' && (policy || onRoute)) {
         await frame.run(done, stages.route.to, control);
         done = stages.route.to;
+        onRoute?.(layer, stages, frame);
+      }
+      if (policy && spec.kind === 'moe') {
         const counts = frame.read(stages.registers.moe!.counts) as Int32Array;
         const mask = expertMask(policy, layer, spec, batch.sequences, counts);
         frame.setExpertMask(mask, policy.mode);

@@ -41,7 +41,7 @@ const MAX_PENDING = 16;
 const REPLACEMENT = '\uFFFD';
 
 /**
- * Split patterns under which a letter before a newline always ends a piece, and nothing later looks back across it: GPT-2's (the
+ * Split patterns under which a letter before white space always ends a piece, and nothing later looks back across it: GPT-2's (the
  * ByteLevel pre-tokenizer's own), cl100k's, Llama 3's and Qwen2's.
  */
 const SLICEABLE_PATTERNS: ReadonlySet<string> = new Set([
@@ -63,10 +63,10 @@ function fail(message: string, cause?: unknown): never {
   throw new EacMoeError('TOKENIZER', message, { cause });
 }
 
-/** True when a text may be cut between a letter and a newline without changing its ids. */
+/** True when a text may be cut between a letter and white space without changing its ids. */
 export function canSlice(tokenizerJson: Record<string, unknown>): boolean {
   const normalizer = tokenizerJson.normalizer as Component | null | undefined;
-  // A newline composes with nothing, so NFC works on either side of the cut alone.
+  // Spaces and newlines compose with nothing before them, so NFC works on either side of the cut alone.
   if (normalizer && normalizer.type !== 'NFC') return false;
   const added = (tokenizerJson.added_tokens ?? []) as {
     content?: string;
@@ -91,10 +91,16 @@ export function canSlice(tokenizerJson: Record<string, unknown>): boolean {
   return splits.length === 0 ? byteLevel[0]!.use_regex !== false : splits.every(known);
 }
 
-/** Begin of the first newline at or after `from` that follows a letter, or the text's end. */
+/**
+ * The first place at or after `from` where a letter is followed by a space or newline, or the text's end. Every pattern above ends a
+ * piece after its last letter, and its look-aheads concern white space only, which then lies wholly behind the cut.
+ */
 function cutAfter(text: string, from: number): number {
-  for (let at = text.indexOf('\n', from); at > 0; at = text.indexOf('\n', at + 1)) {
-    if (/\p{L}/u.test(text[at - 1]!)) return at;
+  const boundary = /(\p{L})(?=[ \n])/gu;
+  boundary.lastIndex = from;
+  for (let found = boundary.exec(text); found; found = boundary.exec(text)) {
+    // A letter that NFC takes apart could end in a mark, which is no letter.
+    if (found[1]!.normalize('NFC') === found[1]) return boundary.lastIndex;
   }
   return text.length;
 }
@@ -207,7 +213,7 @@ export class Tokenizer {
 
   /**
    * The same ids as `encode`, without keeping the event loop busy for long: a long text is encoded in slices cut between a letter and
-   * a newline, where the tokenizer's rules prove that this changes nothing (byte-level BPE with a known pattern). With other
+   * a space or newline, where the tokenizer's rules prove that this changes nothing (byte-level BPE with a known pattern). With other
    * tokenizers (SentencePiece-like ones) the text is encoded at once.
    */
   async encodeAsync(text: string, options: EncodeOptions & { signal?: AbortSignal } = {}): Promise<number[]> {

@@ -44,6 +44,16 @@ struct Loop {
   bool exhausted() const { return failed.load(std::memory_order_relaxed) || next.load(std::memory_order_relaxed) >= n; }
 };
 
+constexpr int spins = 400;  // some 10 microseconds
+
+void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 int default_threads() {
   if (const char* s = std::getenv("EAC_MOE_THREADS"))
     if (int n = std::atoi(s); n > 0) return n;
@@ -85,11 +95,9 @@ class Pool {
       // Decoding posts many short loops in a row: look around for some microseconds before going to sleep.
       const uint64_t seen = posted_.load();
       bool again = false;
-      for (int spin = 0; spin < 4000 && !again; spin++) {
+      for (int spin = 0; spin < spins && !again; spin++) {
         again = posted_.load(std::memory_order_relaxed) != seen;
-#if defined(__x86_64__)
-        __builtin_ia32_pause();
-#endif
+        pause();
       }
       if (again) continue;
       std::unique_lock lock(mutex_);
@@ -114,12 +122,10 @@ class Pool {
       std::lock_guard lock(mutex_);
       std::erase(loops_, &loop);
     }
-    while (loop.helpers.load(std::memory_order_acquire) != 0) {
-#if defined(__x86_64__)
-      __builtin_ia32_pause();
-#else
-      std::this_thread::yield();
-#endif
+    // The helpers are in their last iterations; on a busy machine one may have lost its processor: then let it have ours.
+    for (int spin = 0; loop.helpers.load(std::memory_order_acquire) != 0; spin++) {
+      if (spin < spins) pause();
+      else std::this_thread::yield();
     }
     if (loop.error) std::rethrow_exception(loop.error);
   }

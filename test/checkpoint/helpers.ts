@@ -39,7 +39,11 @@ export function expectError(action: () => unknown, code: ErrorCode, ...texts: st
   expect(error.code).toBe(code);
 }
 
-export async function expectRejection(promise: Promise<unknown>, code: ErrorCode, ...texts: string[]): Promise<void> {
+export async function expectRejection(
+  promise: Promise<unknown>,
+  code: ErrorCode,
+  ...texts: string[]
+): Promise<void> {
   const error: unknown = await promise.then(
     () => undefined,
     (e: unknown) => e,
@@ -64,7 +68,10 @@ export function rawSafetensors(header: unknown, dataBytes: number, length?: bigi
 }
 
 /** A file of f32 tensors with these shapes, each filled with its index. */
-export function writeTensors(path: string, tensors: Record<string, { dtype?: string; shape: number[] }>): void {
+export function writeTensors(
+  path: string,
+  tensors: Record<string, { dtype?: string; shape: number[] }>,
+): void {
   const header: Record<string, unknown> = {};
   let at = 0;
   for (const [name, { dtype = 'F32', shape }] of Object.entries(tensors)) {

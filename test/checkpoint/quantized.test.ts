@@ -17,7 +17,11 @@ import { expectError, scratch } from './helpers';
 
 const root = scratch();
 
-const q = (bits: number, groupSize = 128, symmetric = false): ModuleQuantization => ({ bits, groupSize, symmetric });
+const q = (bits: number, groupSize = 128, symmetric = false): ModuleQuantization => ({
+  bits,
+  groupSize,
+  symmetric,
+});
 
 /** A plan like ours: attention 4 bit, experts 3 then 2, one odd expert, routers and one matrix left alone. */
 function modules(): Map<string, ModuleQuantization | null> {
@@ -27,7 +31,8 @@ function modules(): Map<string, ModuleQuantization | null> {
     for (const p of ['q', 'k', 'v', 'o']) map.set(`${at}.self_attn.${p}_proj`, q(4));
     map.set(`${at}.mlp.gate`, null);
     for (let e = 0; e < 12; e++) {
-      for (const p of ['gate', 'up', 'down']) map.set(`${at}.mlp.experts.${e}.${p}_proj`, q(layer < 6 ? 3 : 2));
+      for (const p of ['gate', 'up', 'down'])
+        map.set(`${at}.mlp.experts.${e}.${p}_proj`, q(layer < 6 ? 3 : 2));
     }
   }
   map.set('model.layers.3.mlp.experts.7.up_proj', q(4, 32, true));
@@ -38,9 +43,16 @@ function modules(): Map<string, ModuleQuantization | null> {
 describe('quantization_config', () => {
   test('every module is found again, and few overrides are enough', () => {
     const built = quantizationConfig(modules(), 'eac-moe:1.2.3');
-    expect(built).toMatchObject({ quant_method: 'gptq', checkpoint_format: 'gptq_v2', desc_act: false, lm_head: false });
+    expect(built).toMatchObject({
+      quant_method: 'gptq',
+      checkpoint_format: 'gptq_v2',
+      desc_act: false,
+      lm_head: false,
+    });
     expect(Object.keys(built.dynamic!).length).toBeLessThan(20);
-    const read = quantizationOf(normaliseConfig({ model_type: 'x', quantization_config: JSON.parse(JSON.stringify(built)) as object }))!;
+    const read = quantizationOf(
+      normaliseConfig({ model_type: 'x', quantization_config: JSON.parse(JSON.stringify(built)) as object }),
+    )!;
     for (const [module, value] of modules()) expect([module, read.of(module)]).toEqual([module, value]);
     expect(read.quantizers).toEqual(['eac-moe:1.2.3']);
     // Exact: no module is caught by a name that only begins alike, nor by a dot that stands for any character.
@@ -59,7 +71,9 @@ describe('quantization_config', () => {
       ['b', q(2)],
       ['c', q(2)],
     ]);
-    const read = quantizationOf(normaliseConfig({ model_type: 'x', quantization_config: quantizationConfig(odd, 'x') }))!;
+    const read = quantizationOf(
+      normaliseConfig({ model_type: 'x', quantization_config: quantizationConfig(odd, 'x') }),
+    )!;
     for (const [module, value] of odd) expect([module, read.of(module)]).toEqual([module, value]);
     expectError(() => quantizationConfig(new Map([['a', null]]), 'x'), 'INVALID_ARGUMENT', 'no module');
   });
@@ -73,7 +87,12 @@ describe('quantization_config', () => {
         bits: 4,
         group_size: 128,
         sym: true,
-        dynamic: { '-:a\\.skip': {}, '.*\\.1\\.': { bits: 2, group_size: 32 }, '+:a': { bits: 3 }, '+:a\\.1\\.': { bits: 4 } },
+        dynamic: {
+          '-:a\\.skip': {},
+          '.*\\.1\\.': { bits: 2, group_size: 32 },
+          '+:a': { bits: 3 },
+          '+:a\\.1\\.': { bits: 4 },
+        },
       },
     };
     const read = quantizationOf(normaliseConfig(config))!;
@@ -105,7 +124,8 @@ describe('quantization_config', () => {
       const config = normaliseConfig({ model_type: 'x', quantization_config });
       expectError(() => quantizationOf(config), 'UNSUPPORTED_MODEL', 'quantization_config', ...texts);
     }
-    const broken = (dynamic: object) => normaliseConfig({ model_type: 'x', quantization_config: { ...gptq, dynamic } });
+    const broken = (dynamic: object) =>
+      normaliseConfig({ model_type: 'x', quantization_config: { ...gptq, dynamic } });
     expectError(() => quantizationOf(broken({ '+:(': {} })), 'INVALID_CHECKPOINT', '+:(');
     expectError(() => quantizationOf(broken({ '+:a': { bits: 'x' } })), 'INVALID_CHECKPOINT', 'bits', '"x"');
     expect(quantizationOf(normaliseConfig({ model_type: 'x' }))).toBeNull();
@@ -120,17 +140,32 @@ describe('matrices', () => {
     [3, 8, 320, 128, true],
   ];
 
-  async function write(dir: string, matrices: Map<string, QuantMatrix>, extra: Record<string, Tensor> = {}): Promise<void> {
+  async function write(
+    dir: string,
+    matrices: Map<string, QuantMatrix>,
+    extra: Record<string, Tensor> = {},
+  ): Promise<void> {
     mkdirSync(dir, { recursive: true });
-    const config = new Map([...matrices].map(([name, m]) => [name, q(m.bits, m.groupSize, m.symmetric)] as const));
-    await writeJson(join(dir, 'config.json'), { model_type: 'x', quantization_config: quantizationConfig(config, 'eac-moe:0') });
+    const config = new Map(
+      [...matrices].map(([name, m]) => [name, q(m.bits, m.groupSize, m.symmetric)] as const),
+    );
+    await writeJson(join(dir, 'config.json'), {
+      model_type: 'x',
+      quantization_config: quantizationConfig(config, 'eac-moe:0'),
+    });
     const entries = [...matrices].flatMap(([name, m]) => quantizedEntries(name, m));
     const plain = Object.entries(extra).map(([name, data]) => ({ name, data }));
     const all = new Map([...entries, ...plain].map((e) => [e.name, e]));
     await writeSafetensors(join(dir, 'model.safetensors'), all.values());
   }
 
-  async function example(bits: number, out: number, inputs: number, groupSize: number, symmetric: boolean): Promise<QuantMatrix> {
+  async function example(
+    bits: number,
+    out: number,
+    inputs: number,
+    groupSize: number,
+    symmetric: boolean,
+  ): Promise<QuantMatrix> {
     const w = Float32Array.from({ length: out * inputs }, (_, i) => Math.sin(i * 1.7) * (1 + (i % 13)));
     const tensor = native().fromArray(w, 'f32', [out, inputs]);
     return native().quantizeRtn(tensor, { bits, groupSize, symmetric, clipSearch: false });
@@ -148,8 +183,19 @@ describe('matrices', () => {
       expect(read.dequantize().toBytes()).toEqual(matrices.get(`layers.${i}.w`)!.dequantize().toBytes());
     }
     expect((readMatrix(checkpoint, 'plain.weight', 4, 6) as Tensor).dtype).toBe('bf16');
-    expectError(() => readMatrix(checkpoint, 'plain.weight', 6, 4), 'INVALID_TENSOR', "'plain.weight'", '[4, 6]');
-    expectError(() => readMatrix(checkpoint, 'layers.0.w.weight', 32, 128), 'INVALID_TENSOR', 'layers.0.w.qweight', '[8, 64]', '[8, 32]');
+    expectError(
+      () => readMatrix(checkpoint, 'plain.weight', 6, 4),
+      'INVALID_TENSOR',
+      "'plain.weight'",
+      '[4, 6]',
+    );
+    expectError(
+      () => readMatrix(checkpoint, 'layers.0.w.weight', 32, 128),
+      'INVALID_TENSOR',
+      'layers.0.w.qweight',
+      '[8, 64]',
+      '[8, 32]',
+    );
   });
 
   test('a scattered group index, a missing scale, a wrong dtype, no word about the module', async () => {
@@ -160,9 +206,21 @@ describe('matrices', () => {
     };
     const scattered = Int32Array.from({ length: 64 }, (_, c) => c % 2);
     const a = await open('a', { 'm.g_idx': native().fromArray(scattered, 'i32', [64]) });
-    expectError(() => readMatrix(a, 'm.weight', 32, 64), 'UNSUPPORTED_MODEL', 'm.g_idx', 'channel 1 into group 1', 'desc_act');
+    expectError(
+      () => readMatrix(a, 'm.weight', 32, 64),
+      'UNSUPPORTED_MODEL',
+      'm.g_idx',
+      'channel 1 into group 1',
+      'desc_act',
+    );
     const b = await open('b', { 'm.scales': native().zeros('f32', [2, 32]) });
-    expectError(() => readMatrix(b, 'm.weight', 32, 64), 'INVALID_TENSOR', "'m.scales'", 'F32', 'expected F16');
+    expectError(
+      () => readMatrix(b, 'm.weight', 32, 64),
+      'INVALID_TENSOR',
+      "'m.scales'",
+      'F32',
+      'expected F16',
+    );
     const c = await open('c', {});
     expectError(() => readMatrix(c, 'm.weight', 32, 64, null), 'INVALID_CHECKPOINT', 'm.qweight');
 
@@ -172,9 +230,16 @@ describe('matrices', () => {
       { name: 'm.qzeros', data: qzeros },
     ];
     await writeSafetensors(join(root, 'c', 'model.safetensors'), entries);
-    expectError(() => readMatrix(Checkpoint.open(join(root, 'c')), 'm.weight', 32, 64), 'INVALID_TENSOR', "'m.scales' is missing");
+    expectError(
+      () => readMatrix(Checkpoint.open(join(root, 'c')), 'm.weight', 32, 64),
+      'INVALID_TENSOR',
+      "'m.scales' is missing",
+    );
     const scales = matrix.toGptq().scales;
-    await writeSafetensors(join(root, 'c', 'model.safetensors'), [...entries, { name: 'm.scales', data: scales }]);
+    await writeSafetensors(join(root, 'c', 'model.safetensors'), [
+      ...entries,
+      { name: 'm.scales', data: scales },
+    ]);
     const withoutIndex = readMatrix(Checkpoint.open(join(root, 'c')), 'm.weight', 32, 64) as QuantMatrix;
     expect(withoutIndex.dequantize().toBytes()).toEqual(matrix.dequantize().toBytes());
   });
@@ -183,7 +248,13 @@ describe('matrices', () => {
     const dir = join(root, 'wide');
     const matrix = await example(4, 16, 96, 96, false);
     await write(dir, new Map([['m', matrix]]));
-    const config = { quant_method: 'gptq', checkpoint_format: 'gptq_v2', bits: 4, group_size: -1, sym: false };
+    const config = {
+      quant_method: 'gptq',
+      checkpoint_format: 'gptq_v2',
+      bits: 4,
+      group_size: -1,
+      sym: false,
+    };
     writeFileSync(join(dir, 'config.json'), JSON.stringify({ model_type: 'x', quantization_config: config }));
     const read = readMatrix(Checkpoint.open(dir), 'm.weight', 16, 96) as QuantMatrix;
     expect(read.dequantize().toBytes()).toEqual(matrix.dequantize().toBytes());

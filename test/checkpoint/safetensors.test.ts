@@ -15,7 +15,11 @@ function openRaw(header: unknown, dataBytes: number, length?: bigint): void {
   openSafetensors(path).dispose();
 }
 
-const tensor = (begin: number, end: number, shape = [2, 3], dtype = 'F32') => ({ dtype, shape, data_offsets: [begin, end] });
+const tensor = (begin: number, end: number, shape = [2, 3], dtype = 'F32') => ({
+  dtype,
+  shape,
+  data_offsets: [begin, end],
+});
 
 describe('a damaged file is refused by name', () => {
   test.each<[string, unknown, number, bigint | undefined, string[]]>([
@@ -26,23 +30,71 @@ describe('a damaged file is refused by name', () => {
     ['metadata of another kind', { __metadata__: { a: 1 } }, 0, undefined, ['__metadata__']],
     ['a tensor that is no object', { w: 5 }, 0, undefined, ["'w'", 'found 5']],
     ['an unknown dtype', { w: tensor(0, 24, [2, 3], 'F31') }, 24, undefined, ["'w'", '"F31"', 'BF16']],
-    ['a dtype named like a method', { w: tensor(0, 24, [2, 3], 'toString') }, 24, undefined, ['unknown dtype']],
+    [
+      'a dtype named like a method',
+      { w: tensor(0, 24, [2, 3], 'toString') },
+      24,
+      undefined,
+      ['unknown dtype'],
+    ],
     ['a fractional shape', { w: tensor(0, 24, [2.5, 3]) }, 24, undefined, ["'w'", '[2.5,3]']],
     ['a negative shape', { w: tensor(0, 24, [-2, 3]) }, 24, undefined, ["'w'", '[-2,3]']],
     ['a shape beyond 2^53', { w: tensor(0, 24, [2 ** 40, 2 ** 40]) }, 24, undefined, ["'w'", 'addressable']],
-    ['offsets that are no pair', { w: { dtype: 'F32', shape: [1], data_offsets: [0] } }, 4, undefined, ["'w'", '[0]']],
+    [
+      'offsets that are no pair',
+      { w: { dtype: 'F32', shape: [1], data_offsets: [0] } },
+      4,
+      undefined,
+      ["'w'", '[0]'],
+    ],
     ['negative offsets', { w: tensor(-24, 0) }, 24, undefined, ["'w'", '[-24,0]']],
     ['offsets in reverse', { w: tensor(24, 0) }, 24, undefined, ["'w'", 'end at 0', 'begin 24']],
-    ['offsets that contradict the shape', { w: tensor(0, 20) }, 20, undefined, ["'w'", '20 bytes', 'takes 24']],
+    [
+      'offsets that contradict the shape',
+      { w: tensor(0, 20) },
+      20,
+      undefined,
+      ["'w'", '20 bytes', 'takes 24'],
+    ],
     ['offsets beyond the file', { w: tensor(0, 24) }, 20, undefined, ["'w'", 'end at 24', '20 bytes']],
-    ['overlapping tensors', { a: tensor(0, 24), b: tensor(16, 40) }, 40, undefined, ["'a' and 'b' overlap", 'ends at 24', 'begins at 16']],
+    [
+      'overlapping tensors',
+      { a: tensor(0, 24), b: tensor(16, 40) },
+      40,
+      undefined,
+      ["'a' and 'b' overlap", 'ends at 24', 'begins at 16'],
+    ],
     ['two tensors in one place', { a: tensor(0, 24), b: tensor(0, 24) }, 24, undefined, ['overlap']],
-    ['a hole between tensors', { a: tensor(0, 24), b: tensor(32, 56) }, 56, undefined, ["'b'", 'bytes 24 to 32']],
+    [
+      'a hole between tensors',
+      { a: tensor(0, 24), b: tensor(32, 56) },
+      56,
+      undefined,
+      ["'b'", 'bytes 24 to 32'],
+    ],
     ['a hole at the start', { a: tensor(8, 32) }, 32, undefined, ["'a'", 'bytes 0 to 8']],
     ['bytes after the last tensor', { a: tensor(0, 24) }, 30, undefined, ['take 24', '30 bytes', '6 belong']],
-    ['a tensor twice', '{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', 1, undefined, ["'a' twice"]],
-    ['a tensor twice, once escaped', '{"\\u0061":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', 1, undefined, ["'a' twice"]],
-    ['a field twice', '{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1],"dtype":"I8"}}', 1, undefined, ["'dtype' twice"]],
+    [
+      'a tensor twice',
+      '{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
+      1,
+      undefined,
+      ["'a' twice"],
+    ],
+    [
+      'a tensor twice, once escaped',
+      '{"\\u0061":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
+      1,
+      undefined,
+      ["'a' twice"],
+    ],
+    [
+      'a field twice',
+      '{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1],"dtype":"I8"}}',
+      1,
+      undefined,
+      ["'dtype' twice"],
+    ],
   ])('%s', (_, header, dataBytes, length, texts) => {
     expectError(() => openRaw(header, dataBytes, length), 'INVALID_CHECKPOINT', path, ...texts);
   });
@@ -133,7 +185,8 @@ describe('writing', () => {
     expect([...file.tensor('7').toArray()]).toEqual([1, -2, 3.5, 0]);
     expect([...file.tensor('bf16').toArray()]).toEqual([1, 2, 3]);
     expect([...file.bytes('bytes')]).toEqual([7, 8, 9]);
-    for (const info of file.tensors.values()) expect(info.offset % (info.dtype === 'F32' ? 4 : info.dtype === 'BF16' ? 2 : 1)).toBe(0);
+    for (const info of file.tensors.values())
+      expect(info.offset % (info.dtype === 'F32' ? 4 : info.dtype === 'BF16' ? 2 : 1)).toBe(0);
     expect(file.info('7').offset % 8).toBe(0);
     file.dispose();
   });
@@ -144,7 +197,12 @@ describe('writing', () => {
     big.rows(rows - 1, rows).write(new Float32Array(2048).fill(3));
     await writeSafetensors(out, [{ name: 'big', data: big }]);
     const file = openSafetensors(out);
-    expect(file.tensor('big').rows(rows - 1, rows).toArray()[5]).toBe(3);
+    expect(
+      file
+        .tensor('big')
+        .rows(rows - 1, rows)
+        .toArray()[5],
+    ).toBe(3);
     file.dispose();
     await writeSafetensors(out, [], {});
     expect(openSafetensors(out).tensors.size).toBe(0);
@@ -160,10 +218,32 @@ describe('writing', () => {
       throw new EacMoeError('NON_FINITE', 'boom');
     };
     const bad: [string, () => Promise<unknown>, ...string[]][] = [
-      ['INVALID_ARGUMENT', () => writeSafetensors(target, [{ name: 'a', dtype: 'U8', shape: [3], data: Uint8Array.of(1) }]), "'a'", '1 bytes', 'takes 3'],
-      ['INVALID_ARGUMENT', () => writeSafetensors(target, [{ name: 'a', dtype: 'X', shape: [3], data: Uint8Array.of(1) }]), "'a'"],
-      ['INVALID_ARGUMENT', () => writeSafetensors(target, ['a', 'a'].map((name) => ({ name, dtype: 'U8', shape: [0], data: new Uint8Array() }))), "named 'a'"],
-      ['NON_FINITE', () => writeSafetensors(target, [{ name: 'a', dtype: 'U8', shape: [3], data: boom }]), 'boom'],
+      [
+        'INVALID_ARGUMENT',
+        () => writeSafetensors(target, [{ name: 'a', dtype: 'U8', shape: [3], data: Uint8Array.of(1) }]),
+        "'a'",
+        '1 bytes',
+        'takes 3',
+      ],
+      [
+        'INVALID_ARGUMENT',
+        () => writeSafetensors(target, [{ name: 'a', dtype: 'X', shape: [3], data: Uint8Array.of(1) }]),
+        "'a'",
+      ],
+      [
+        'INVALID_ARGUMENT',
+        () =>
+          writeSafetensors(
+            target,
+            ['a', 'a'].map((name) => ({ name, dtype: 'U8', shape: [0], data: new Uint8Array() })),
+          ),
+        "named 'a'",
+      ],
+      [
+        'NON_FINITE',
+        () => writeSafetensors(target, [{ name: 'a', dtype: 'U8', shape: [3], data: boom }]),
+        'boom',
+      ],
       ['OUTPUT', () => writeSafetensors(join(here, 'none/b.safetensors'), []), 'none'],
     ];
     for (const [code, attempt, ...texts] of bad) await expectRejection(attempt(), code as 'OUTPUT', ...texts);
@@ -180,7 +260,9 @@ describe('writing', () => {
     const full = Object.assign(new Error('ENOSPC: no space left on device, write'), { code: 'ENOSPC' });
     const write = jest.spyOn(prototype, 'write').mockRejectedValue(full);
     const target = join(here, 'w.safetensors');
-    const attempt = writeSafetensors(target, [{ name: 'w', dtype: 'F32', shape: [25], data: new Uint8Array(100) }]);
+    const attempt = writeSafetensors(target, [
+      { name: 'w', dtype: 'F32', shape: [25], data: new Uint8Array(100) },
+    ]);
     await expectRejection(attempt, 'OUTPUT', target, 'full', 'bytes');
     write.mockRestore();
     expect(readdirSync(here)).toEqual([]);

@@ -15,8 +15,12 @@ function sharded(change: { index?: object | string; skip?: string } = {}): strin
   writeFileSync(join(dir, 'config.json'), '{"model_type": "mixtral"}');
   const map = { a: 's1.safetensors', b: 's1.safetensors', c: 's2.safetensors' };
   const index = change.index ?? { weight_map: map };
-  writeFileSync(join(dir, 'model.safetensors.index.json'), typeof index === 'string' ? index : JSON.stringify(index));
-  if (change.skip !== 's1') writeTensors(join(dir, 's1.safetensors'), { a: { shape: [2, 3] }, b: { shape: [4] } });
+  writeFileSync(
+    join(dir, 'model.safetensors.index.json'),
+    typeof index === 'string' ? index : JSON.stringify(index),
+  );
+  if (change.skip !== 's1')
+    writeTensors(join(dir, 's1.safetensors'), { a: { shape: [2, 3] }, b: { shape: [4] } });
   if (change.skip !== 's2') writeTensors(join(dir, 's2.safetensors'), { c: { shape: [2], dtype: 'I64' } });
   return dir;
 }
@@ -27,9 +31,21 @@ test('shards', () => {
   expect(checkpoint.files()).toEqual(['s1.safetensors', 's2.safetensors']);
   expect(checkpoint.has('b')).toBe(true);
   expect(checkpoint.has('d')).toBe(false);
-  expect(checkpoint.info('a')).toMatchObject({ dtype: 'F32', shape: [2, 3], file: 's1.safetensors', bytes: 24 });
+  expect(checkpoint.info('a')).toMatchObject({
+    dtype: 'F32',
+    shape: [2, 3],
+    file: 's1.safetensors',
+    bytes: 24,
+  });
   expect(checkpoint.tensor('a', [2, 3]).shape).toEqual([2, 3]);
-  expectError(() => checkpoint.tensor('a', [3, 2]), 'INVALID_TENSOR', "'a'", '[2, 3]', 'expected [3, 2]', 's1.safetensors');
+  expectError(
+    () => checkpoint.tensor('a', [3, 2]),
+    'INVALID_TENSOR',
+    "'a'",
+    '[2, 3]',
+    'expected [3, 2]',
+    's1.safetensors',
+  );
   expectError(() => checkpoint.tensor('d'), 'INVALID_TENSOR', "'d' is missing");
   expectError(() => checkpoint.tensor('c'), 'INVALID_TENSOR', "'c'", 'I64');
   checkpoint.release(['a', 'c', 'none']);
@@ -38,12 +54,19 @@ test('shards', () => {
 });
 
 test('what is wrong with a directory is said by name', () => {
-  const at = (dir: string, ...texts: string[]) => expectError(() => Checkpoint.open(dir), 'INVALID_CHECKPOINT', ...texts);
-  const missing = (dir: string, ...texts: string[]) => expectError(() => Checkpoint.open(dir), 'FILE_NOT_FOUND', ...texts);
+  const at = (dir: string, ...texts: string[]) =>
+    expectError(() => Checkpoint.open(dir), 'INVALID_CHECKPOINT', ...texts);
+  const missing = (dir: string, ...texts: string[]) =>
+    expectError(() => Checkpoint.open(dir), 'FILE_NOT_FOUND', ...texts);
   const map = { a: 's1.safetensors', b: 's1.safetensors', c: 's2.safetensors' };
   missing(join(root, 'nowhere'), 'nowhere', 'no such directory');
   missing(sharded({ skip: 's2' }), 's2.safetensors', 'missing', "'c'");
-  at(sharded({ index: { weight_map: { ...map, d: 's2.safetensors' } } }), "'d'", 's2.safetensors', 'does not hold');
+  at(
+    sharded({ index: { weight_map: { ...map, d: 's2.safetensors' } } }),
+    "'d'",
+    's2.safetensors',
+    'does not hold',
+  );
   at(sharded({ index: { weight_map: { a: map.a, c: map.c } } }), "'b'", 's1.safetensors', 'does not list');
   at(sharded({ index: { weight_map: { ...map, b: 's2.safetensors' } } }), "'b'", 's2.safetensors');
   at(sharded({ index: { weight_map: { ...map, b: '../s1.safetensors' } } }), "'b'", '../s1.safetensors');
@@ -98,7 +121,10 @@ describeWith('goldens/mixtral', 'checkpoints of other writers', () => {
     cpSync(join(shared, 'goldens/mixtral'), dir, { recursive: true });
     const shard = join(dir, 'model-00003-of-00005.safetensors');
     const file = openSafetensors(shard);
-    const bytes = Buffer.from(require('node:fs').readFileSync(shard) as Buffer).subarray(0, file.byteLength - 100);
+    const bytes = Buffer.from(require('node:fs').readFileSync(shard) as Buffer).subarray(
+      0,
+      file.byteLength - 100,
+    );
     rmSync(shard, { force: true });
     writeFileSync(shard, bytes);
     expectError(() => Checkpoint.open(dir), 'INVALID_CHECKPOINT', shard, 'truncated');

@@ -82,6 +82,86 @@ async function quantization() {
   );
 }
 
+/** One MoE layer with a KV cache: a prefill of two sequences, then a step, with and without an expert mask. */
+async function program() {
+  const [vocab, width, experts, topK] = [40, 64, 4, 2];
+  const router = { scoring: 'softmax', topK, renormalize: true, scale: 1, jitter: 0 };
+  const attention = { layer: 0, heads: 2, kvHeads: 2, headDim: 32, scale: 0.17, window: 0 };
+  const frequencies = api.fromArray(
+    Float32Array.from({ length: 16 }, (_, i) => 100 ** (-i / 16)),
+    'f32',
+    [16],
+  );
+  const rope = { headDim: 32, frequencies, scale: 1, interleaved: false };
+  const norm = api.fromArray(new Float32Array(width).fill(1), 'f32', [width]);
+  const many = (rows, cols) => Array.from({ length: experts }, () => random(rows, cols));
+  const tokens = (w, dtype = 'f32') => ({ width: w, dtype, rows: 'tokens' });
+  const sequences = (w, dtype = 'f32') => ({ width: w, dtype, rows: 'sequences' });
+  const registers = [
+    ...[
+      tokens(width),
+      tokens(width),
+      tokens(width),
+      tokens(width),
+      tokens(width),
+      tokens(width),
+      tokens(experts),
+    ],
+    ...[tokens(topK), tokens(topK, 'i32'), sequences(experts, 'i32'), sequences(width), sequences(vocab)],
+    sequences(1, 'i32'),
+  ];
+  const ops = [
+    { op: 'embed', out: 0, table: random(vocab, width), scale: 1 },
+    { op: 'rmsNorm', x: 0, out: 1, weight: norm, eps: 1e-6 },
+    ...[2, 3, 4].map((out) => ({ op: 'linear', x: 1, out, weight: random(width, width) })),
+    ...[2, 3].map((x) => ({ op: 'rope', x, ...rope })),
+    { op: 'attention', q: 2, k: 3, v: 4, out: 5, ...attention },
+    { op: 'linear', x: 5, out: 0, weight: random(width, width), add: true },
+    { op: 'rmsNorm', x: 0, out: 1, weight: norm, eps: 1e-6 },
+    { op: 'linear', x: 1, out: 6, weight: random(experts, width) },
+    { op: 'route', logits: 6, weights: 7, indices: 8, counts: 9, router },
+    { op: 'reselect', logits: 6, weights: 7, indices: 8, router },
+    ...[{ gate: many(32, width), up: many(32, width), down: many(width, 32) }].map((w) => ({
+      ...{ op: 'experts', x: 1, weights: 7, indices: 8, out: 0, activation: 'silu', add: true, ...w },
+    })),
+    { op: 'lastRows', x: 0, out: 10 },
+    { op: 'linear', x: 10, out: 11, weight: random(vocab, width) },
+    { op: 'sample', logits: 11, out: 12 },
+  ];
+  const compiled = api.createProgram(registers, ops);
+  const frame = api.createFrame(compiled);
+  compiled.dispose();
+  const caches = [0, 1].map(() => api.createKvCache([{ keyWidth: width, valueWidth: width }]));
+  for (const lengths of [
+    [5, 3],
+    [1, 1],
+  ]) {
+    const batch = lengths.map((length, i) => ({ length, cache: caches[i] }));
+    frame.begin(new Int32Array(lengths[0] + lengths[1]).fill(7), batch);
+    frame.setSampling({ temperature: 0.5, topK: 5, topP: 0.9, uniform: Float64Array.of(0.2, 0.9) });
+    for (const mode of ['drop', 'renormalize', 'reselect']) {
+      frame.setExpertMask(Uint8Array.of(1, 1, 0, 1, 1, 1, 1, 1), mode);
+      await frame.run(0, ops.length);
+    }
+    assert.equal(frame.read(12).length, 2);
+    frame.commit();
+  }
+  assert.deepEqual(
+    caches.map((cache) => cache.length),
+    [6, 4],
+  );
+  frame.setExpertMask(null, 'drop');
+  const unknownToken = async () => {
+    frame.begin(Int32Array.of(vocab), [{ length: 1 }]);
+    await frame.run(0, 1);
+  };
+  await assert.rejects(unknownToken, { code: 'INVALID_ARGUMENT' });
+  assert.throws(() => frame.read(99), { code: 'INVALID_ARGUMENT' });
+  caches[0].truncate(2);
+  for (const handle of [...caches, frame]) handle.dispose();
+  assert.throws(() => frame.read(12), { code: 'DISPOSED' });
+}
+
 async function aborts() {
   const controller = new AbortController();
   const h = api.zeros('f32', [768, 768]);
@@ -110,10 +190,13 @@ async function inWorker() {
 }
 
 async function main() {
-  for (const walk of [tensors, files, quantization, aborts, workers]) {
-    await walk();
-    globalThis.gc?.();
-    console.log(`${walk.name}: ok`);
+  for (const isa of api.info().isas) {
+    api.setIsa(isa);
+    for (const walk of [tensors, files, quantization, program, aborts, workers]) {
+      await walk();
+      globalThis.gc?.();
+      console.log(`${isa} ${walk.name}: ok`);
+    }
   }
 }
 

@@ -1,4 +1,5 @@
 // Quantization kernels against their oracles and their definitions.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <functional>

@@ -1,5 +1,8 @@
 // The primitives of simd.inl for eight lanes: AVX2, FMA, F16C.
 
+EAC_INLINE F bf16_lanes(const uint16_t* p) {
+  return (F)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+}
 EAC_INLINE F f16_lanes(const uint16_t* p) { return (F)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 EAC_INLINE float f16_scalar(uint16_t h) { return _cvtsh_ss(h); }
 

@@ -1,5 +1,8 @@
 // The primitives of simd.inl for sixteen lanes: AVX-512 F, BW, DQ, VL.
 
+EAC_INLINE F bf16_lanes(const uint16_t* p) {
+  return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+}
 EAC_INLINE F f16_lanes(const uint16_t* p) { return (F)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 EAC_INLINE float f16_scalar(uint16_t h) { return _cvtsh_ss(h); }
 
@@ -21,7 +24,9 @@ template <int bits> struct Lut {
 
 // Eight bytes in the lanes 0-7 and again in 8-15.
 EAC_INLINE U byte_lanes_twice(const uint8_t* p) {
-  return (U)_mm512_cvtepu8_epi32(_mm_castpd_si128(_mm_loaddup_pd((const double*)p)));
+  int64_t eight;
+  __builtin_memcpy(&eight, p, 8);
+  return (U)_mm512_cvtepu8_epi32(_mm_set1_epi64x(eight));
 }
 
 EAC_INLINE void decode(const uint8_t* block, const Lut<4>& lut, F* w) {

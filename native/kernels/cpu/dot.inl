@@ -62,23 +62,28 @@ template <int T> __attribute__((noinline)) void dot_rows(const DotPanel& p, int6
   for (; r < p.rows; r++, acc += T * L) dot_tile<1, T>(p, r, token, acc);
 }
 
+// Tokens in tiles of nearly equal size: 8 are better done as 4 + 4 than as 6 + 2.
 void dot_panel(const DotPanel& p) {
   float* acc = p.acc;
-  int64_t t = 0;
-  for (; t + EAC_TOKEN_TILE <= p.tokens; t += EAC_TOKEN_TILE, acc += p.rows * EAC_TOKEN_TILE * L) dot_rows<EAC_TOKEN_TILE>(p, t, acc);
-  switch (p.tokens - t) {
-    case 1: dot_rows<1>(p, t, acc); break;
+  const int64_t tiles = (p.tokens + EAC_TOKEN_TILE - 1) / EAC_TOKEN_TILE;
+  for (int64_t i = 0, t = 0; i < tiles; i++) {
+    const int64_t n = (p.tokens - t + tiles - i - 1) / (tiles - i);
+    switch (n) {
+      case 1: dot_rows<1>(p, t, acc); break;
+      case 2: dot_rows<2>(p, t, acc); break;
 #if EAC_TOKEN_TILE > 2
-    case 2: dot_rows<2>(p, t, acc); break;
+      case 3: dot_rows<3>(p, t, acc); break;
 #endif
 #if EAC_TOKEN_TILE > 3
-    case 3: dot_rows<3>(p, t, acc); break;
+      case 4: dot_rows<4>(p, t, acc); break;
 #endif
 #if EAC_TOKEN_TILE > 4
-    case 4: dot_rows<4>(p, t, acc); break;
-    case 5: dot_rows<5>(p, t, acc); break;
+      case 5: dot_rows<5>(p, t, acc); break;
+      case 6: dot_rows<6>(p, t, acc); break;
 #endif
-    default: break;
+    }
+    t += n;
+    acc += p.rows * n * L;
   }
 }
 
@@ -116,12 +121,17 @@ template <int bits, int R> EAC_INLINE void gemv_quant_rows(const QuantRows& w, i
   F s[R]{};
   const uint8_t* codes = w.codes + row * w.row_bytes;
   const int64_t blocks = (k + 31) / 32;
+  // Rows are short streams, over before the processor's own prefetching has caught on: ask for the next rows' codes ourselves.
+  const int64_t ahead = w.row_bytes <= 4096 ? R * w.row_bytes : 1024;
   const int64_t per_group = w.group_size >= k ? blocks : w.group_size / 32;
   for (int64_t b = 0, g = 0; b < blocks; g++) {
     Lut<bits> lut[R];
     EAC_UNROLL
     for (int r = 0; r < R; r++) lut[r] = group_lut<bits>(w, row + r, g);
     const int64_t stop = b + per_group < blocks ? b + per_group : blocks;
+    for (int64_t o = b * block_bytes; o < stop * block_bytes; o += 64)
+      EAC_UNROLL
+      for (int r = 0; r < R; r++) __builtin_prefetch(codes + r * w.row_bytes + o + ahead);
     for (; b < stop; b++) {
       EAC_UNROLL
       for (int r = 0; r < R; r++) {

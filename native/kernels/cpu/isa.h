@@ -67,7 +67,7 @@ struct Isa {
   void (*dequantize)(const QuantRows& w, int64_t row, int64_t k0, int64_t n, float* out);
   void (*to_f32)(DType dtype, const void* in, int64_t n, float* out);      // f32, f16, bf16
 
-  // Element-wise helpers of the other kernels. exp: within 2 ulp, exp(-inf) = 0, overflow is inf, results below 2^-126 are 0.
+  // Element-wise helpers of the other kernels. exp: within 2 ulp, exp(-inf) = 0, overflow is inf.
   void (*exp_f32)(const float* in, int64_t n, float* out);
   void (*silu_mul)(float* gate, const float* up, int64_t n);               // gate = gate / (1 + exp(-gate)) * up
   SoftmaxInfo (*softmax_row)(float* x, int64_t n);                         // in place; a row of -inf becomes zeros (sum 0)

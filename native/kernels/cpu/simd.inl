@@ -1,6 +1,6 @@
 // Vectors of EAC_LANES floats and the primitives that the kernels are written with, in GCC / Clang vector extensions.
 // Included by one file per instruction set inside its own anonymous namespace. EAC_PRIMITIVES names the file with what differs:
-//   f16_lanes, f16_scalar   f16 to f32
+//   bf16_lanes, f16_lanes, f16_scalar   to f32
 //   fold_to_4               lanes halved until four are left: (l, l + L/2), ...
 //   Lut<bits>, decode<bits> a block of 32 quantized channels as 32 / L vectors scale * (code - zero). The product of an 11-bit scale and
 //                           a 5-bit difference is exact in f32, so every version gives the same bits.
@@ -29,8 +29,6 @@ template <class V, class T> EAC_INLINE void store(T* p, V v) {
   *(Unaligned*)p = v;
 }
 EAC_INLINE F splat(float v) { return v - F{}; }
-
-EAC_INLINE F bf16_lanes(const uint16_t* p) { return (F)(__builtin_convertvector(load<H>(p), U) << 16); }
 
 #include EAC_PRIMITIVES
 

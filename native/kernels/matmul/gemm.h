@@ -3,6 +3,8 @@
 // DEFINITION  C (m × n, row stride ldc) = beta * C + alpha * A (m × k) · B (k × n);  beta is 0 or 1, and C is not read when it is 0.
 //             Operands are addressed by element strides, so a transpose is a swap of strides.
 // REGULARITY  An element of C depends only on its row of A and its column of B: not on m, n, tiling or threads.
+//             An element of Y (linear) likewise on its token, its row of W and its bias: one token alone (decoding) gets bit for bit
+//             what it gets among many (prefill). The two families sum in different orders, and so do the instruction sets.
 #pragma once
 #include <cstdint>
 
@@ -26,7 +28,7 @@ void gemm_f64(int64_t m, int64_t n, int64_t k, double alpha, Operand a, Operand 
 void syrk_f32(int64_t m, int64_t n, float alpha, const float* x, int64_t ldx, const float* w, float* c, int64_t ldc);
 
 // Y (n × out, row stride ldy) = beta * Y + X (n × in, row stride ldx) · W^T (+ bias). beta 0 or 1. bias: f32/f16/bf16 (out) or null.
-// Exact path: weights dequantized, f32 arithmetic throughout.
+// Exact path: weights dequantized (without rounding: see kernels/cpu/simd.inl), f32 arithmetic throughout.
 void linear(const float* x, int64_t ldx, int64_t n, const Matrix& w, const Tensor* bias, float beta, float* y, int64_t ldy);
 // The rows [begin, end) of W only (columns of Y), on the calling thread: the piece that parallel kernels are made of.
 // y points at column 0 of Y.

@@ -14,7 +14,7 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 constexpr int64_t panel_rows = 32;     // rows expanded at a time, to stay in L2 while the tokens pass
-constexpr int64_t token_block = 192;   // tokens per expansion; a multiple of every token tile
+constexpr int64_t token_block = 96;    // tokens per expansion: their f32 rows stay in L2, too
 
 QuantRows quant_rows(const QuantMatrix& q) {
   return {q.bits, q.codes.as<uint8_t>(), q.scales.as<uint16_t>(), q.zeros.as<uint8_t>(), q.row_bytes(), q.groups(), q.group_size};

@@ -2,7 +2,7 @@
 //
 // SHAPES      A (n × n), row-major, row stride ld. Only the lower triangle is read; the strict upper one is scratch.
 // DEFINITION  cholesky_lower: A = L L^T, L lower, written over A.   invert_lower: L^-1, written over L.
-// LIMITS      needs no memory beyond A. Every element is computed in an order that depends on n alone, not on threads.
+// LIMITS      needs no memory beyond A (1.6 GB at n = 14336). Every element is computed in an order that depends on n alone, not on threads.
 #pragma once
 #include <cstdint>
 

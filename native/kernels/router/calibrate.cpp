@@ -67,7 +67,8 @@ Tensor window_mask(const Tensor& targets, int64_t k) {
   return mask;
 }
 
-double dot(const double* a, const double* b, int64_t n) {
+template <class T>
+double dot(const T* a, const double* b, int64_t n) {
   double sum[4] = {};
   int64_t i = 0;
   for (; i + 4 <= n; i += 4)
@@ -145,27 +146,58 @@ struct Problem {
   }
 };
 
-// (G_e + lambda I) v = b by Cholesky: for rows with few tokens, where G_e resembles G least and forming it costs least.
-void solve_directly(const Problem& problem, int64_t e, double lambda, const float* b, double* v) {
-  const int64_t d = problem.dim;
-  Tensor gram = Tensor::zeros(DType::f32, {d, d}), window = Tensor::zeros(DType::f32, {std::min(chunk_tokens, problem.count[e]), d});
-  int64_t held = 0;
-  const auto flush = [&] {
-    accumulate_hessian(gram, window.row_range(0, held), nullptr);
-    held = 0;
-  };
-  for (int64_t t = 0; t < problem.tokens; t++) {
-    if (!problem.mask.as<uint8_t>()[t * problem.experts + e]) continue;
-    std::copy_n(problem.x.f32() + t * d, d, window.f32() + held * d);
-    if (++held == window.rows()) flush();
+// Row e by Cholesky: for rows with few tokens, where G_e resembles G least and forming it costs least.
+// G_e is summed in f32; one correction with residuals in f64 makes up for that.
+struct DirectRow {
+  const Problem& problem;
+  int64_t e, d;
+  double lambda;
+  std::vector<int64_t> window;  // its tokens
+
+  DirectRow(const Problem& problem_, int64_t e_, double lambda_) : problem(problem_), e(e_), d(problem.dim), lambda(lambda_) {
+    for (int64_t t = 0; t < problem.tokens; t++)
+      if (problem.mask.as<uint8_t>()[t * problem.experts + e]) window.push_back(t);
   }
-  flush();
-  std::vector<double> g(gram.f32(), gram.f32() + d * d);
-  for (int64_t i = 0; i < d; i++) g[i * (d + 1)] += lambda;
-  std::copy_n(b, d, v);
-  cholesky_lower(g.data(), d, d);
-  solve_factored(g.data(), d, v);
-}
+  const float* token(int64_t i) const { return problem.x.f32() + window[i] * d; }
+
+  std::vector<double> factor() const {
+    const int64_t count = int64_t(window.size()), chunk = std::min(chunk_tokens, count);
+    Tensor gram = Tensor::zeros(DType::f32, {d, d}), rows = Tensor::zeros(DType::f32, {chunk, d});
+    for (int64_t t0 = 0; t0 < count; t0 += chunk) {
+      const int64_t held = std::min(chunk, count - t0);
+      for (int64_t i = 0; i < held; i++) std::copy_n(token(t0 + i), d, rows.f32() + i * d);
+      accumulate_hessian(gram, rows.row_range(0, held), nullptr);
+    }
+    std::vector<double> g(gram.f32(), gram.f32() + d * d);
+    for (int64_t i = 0; i < d; i++) g[i * (d + 1)] += lambda;
+    cholesky_lower(g.data(), d, d);
+    return g;
+  }
+
+  // sum_t (T[t, e] - x_t . (w + v)) x_t - lambda v
+  std::vector<double> residual(const float* w, const double* v) const {
+    std::vector<double> row(d), miss(window.size()), out(d);
+    for (int64_t j = 0; j < d; j++) row[j] = w[j] + v[j], out[j] = -lambda * v[j];
+    parallel_for(int64_t(window.size()), [&](int64_t i) {
+      miss[i] = problem.targets.f32()[window[i] * problem.experts + e] - dot(token(i), row.data(), d);
+    });
+    constexpr int64_t piece = 64;
+    parallel_for((d + piece - 1) / piece, [&](int64_t p) {
+      for (size_t i = 0; i < window.size(); i++)
+        for (int64_t j = p * piece; j < std::min(d, (p + 1) * piece); j++) out[j] += miss[i] * token(i)[j];
+    });
+    return out;
+  }
+
+  void solve(const float* w, double* v) const {
+    const std::vector<double> l = factor();
+    for (int pass = 0; pass < 2; pass++) {
+      std::vector<double> r = residual(w, v);
+      solve_factored(l.data(), d, r.data());
+      for (int64_t j = 0; j < d; j++) v[j] += r[j];
+    }
+  }
+};
 
 // Residuals are measured in the preconditioned norm, sqrt(r . z): the plain one is ruled by the few directions of high energy that all
 // inputs share, and says nothing about the others.
@@ -183,7 +215,8 @@ struct Solver {
   std::vector<int64_t> active;
   std::vector<double> v, r, p, best;
 
-  Solver(const Problem& problem_, const RouterCalibrationOptions& o_, const Tensor& b)
+  // w: the rows to correct; b (E × d): their right-hand sides
+  Solver(const Problem& problem_, const RouterCalibrationOptions& o_, const Tensor& w, const Tensor& b)
       : problem(problem_), o(o_), dim(problem_.dim), rows(problem_.experts), v(b.size()), r(b.size()), p(b.size()), best(b.size()) {
     for (int64_t e = 0; e < problem.experts; e++) {
       double* row = &r[e * dim];
@@ -193,7 +226,7 @@ struct Solver {
       if (rows[e].scale == 0) continue;
       const double n = double(problem.count[e]), d = double(dim);
       if (n * d * d / 2 + d * d * d / 6 < o.direct_below * 2 * double(problem.tokens) * d) {
-        solve_directly(problem, e, rows[e].lambda, b.f32() + e * dim, &best[e * dim]);
+        DirectRow(problem, e, rows[e].lambda).solve(w.f32() + e * dim, &best[e * dim]);
       } else {
         active.push_back(e);
       }
@@ -293,7 +326,7 @@ RouterCalibration calibrate_router(const Tensor& w, const Tensor& x, const Tenso
   const Tensor mask = window_mask(targets, o.k);
   const Problem problem(x, targets, mask);
   const Tensor b = problem.residual(result.weight, result.loss_before, true);
-  Solver solver(problem, o, b);
+  Solver solver(problem, o, result.weight, b);
   result.iterations = solver.solve();
   for (int64_t i = 0; i < result.weight.size(); i++) result.weight.f32()[i] = float(result.weight.f32()[i] + solver.best[i]);
   problem.residual(result.weight, result.loss_after, false);

@@ -1,0 +1,239 @@
+/** QESC: compresses a Mixture-of-Experts checkpoint layer by layer (EAC-MoE section 4). */
+import type { Control, Tensor } from '../../types/native';
+import { describe, type Architecture, type LinearSpec } from '../architecture';
+import { checkTensors, layerTensors, requiredTensors } from '../architecture/tensors';
+import { quantizationOf, readMatrix } from '../checkpoint/quantized';
+import { openSafetensors } from '../checkpoint/safetensors';
+import { Checkpoint } from '../checkpoint/source';
+import { EacMoeError } from '../errors';
+import { MoeModel, setDevice } from '../model/model';
+import type { WeightSource } from '../model/layer';
+import { CheckpointWeights } from '../model/weights';
+import { native, withSignal } from '../native';
+import { version } from '../version';
+import { calibrationSequences } from './calibration';
+import { advanceLayer, quantizeLayer, roundLayer, type LayerJob, type LayerResult, type Streams } from './layer';
+import type { LayerReport, QuantizeOptions, QuantizeReport } from './options';
+import { calibrationHash, QuantizedOutput } from './output';
+import { estimateSize } from './plan';
+import { makeRecipe, needsCalibration, recipeJson, type Recipe } from './recipe';
+import { makeBatches } from './runner';
+import { join } from 'node:path';
+
+/**
+ * Compresses the model in directory `source` (Hugging Face layout, full precision) into `options.output`, and loads the result.
+ *
+ * Memory is bounded by one layer: its Hessians and the hidden states of the calibration tokens (4 f32 values a token and hidden
+ * channel). The result depends on the source, the options and the seed, not on threads; a killed run continues when it is called again.
+ *
+ * @throws EacMoeError: INVALID_ARGUMENT for options out of range, FILE_NOT_FOUND, INVALID_CHECKPOINT, INVALID_TENSOR, NON_FINITE or
+ * UNSUPPORTED_MODEL for the source, CALIBRATION, TOKENIZER, OUTPUT for the directory or a full disk, ABORTED
+ */
+export async function quantizeMoE(
+  source: string,
+  options: QuantizeOptions,
+): Promise<{ model: MoeModel; report: QuantizeReport }> {
+  const begun = performance.now();
+  setDevice(options);
+  if (typeof options.output !== 'string' || options.output === '') {
+    throw new EacMoeError('INVALID_ARGUMENT', 'output must be the directory to write');
+  }
+  const checkpoint = Checkpoint.open(source);
+  let report: QuantizeReport;
+  try {
+    const quantization = quantizationOf(checkpoint.config);
+    if (quantization) {
+      const by = quantization.quantizers.join(', ') || 'another program';
+      throw new EacMoeError('UNSUPPORTED_MODEL', `${source}: is already quantized (by ${by}); quantize the original, unquantized model`);
+    }
+    const architecture = describe(checkpoint.config);
+    checkTensors(architecture, checkpoint);
+    const recipe = makeRecipe(architecture, options);
+    report = await withSignal(options.signal, (control) =>
+      new Quantizer(checkpoint, architecture, recipe, options, control).run(),
+    );
+  } finally {
+    checkpoint.dispose();
+  }
+  report.seconds = (performance.now() - begun) / 1000;
+  return { model: await MoeModel.load(options.output, { signal: options.signal }), report };
+}
+
+/** Shares of the work, for the progress bar. */
+const CHECK = 0.02;
+const SAMPLE = 0.15;
+
+class Quantizer {
+  readonly #weights: CheckpointWeights;
+
+  constructor(
+    private readonly checkpoint: Checkpoint,
+    private readonly architecture: Architecture,
+    private readonly recipe: Recipe,
+    private readonly options: QuantizeOptions,
+    private readonly control: Control,
+  ) {
+    this.#weights = new CheckpointWeights(checkpoint);
+  }
+
+  async run(): Promise<QuantizeReport> {
+    const { architecture, recipe, options } = this;
+    const given = await this.#givenCalibration();
+    const size = estimateSize(architecture, recipe.plan);
+    await this.#checkFinite();
+    const output = await QuantizedOutput.open(options.output, this.checkpoint, architecture, recipe, {
+      calibration: !needsCalibration(recipe) ? 'none' : given ? calibrationHash(given) : 'self',
+      resume: options.resume ?? true,
+      bytes: size.bytes,
+    });
+    const sequences = await this.#sequences(output, given);
+    const streams = sequences.length > 0 ? this.#embed(sequences) : null;
+    const layers = await this.#layers(output, streams);
+    const calibration = {
+      sequences: sequences.length,
+      seqLen: Math.max(0, ...sequences.map((s) => s.length)),
+      tokens: sequences.reduce((n, s) => n + s.length, 0),
+    };
+    const { averageBits, averageBitsWithOverhead } = size;
+    this.#progress('write', 0.99, 'finishing');
+    const bytes = await output.finish({ averageBits, averageBitsWithOverhead, calibrationTokens: calibration });
+    this.#progress('write', 1, 'done');
+    return {
+      version,
+      source: this.checkpoint.dir,
+      options: recipeJson(recipe),
+      calibration,
+      bytes,
+      averageBits,
+      averageBitsWithOverhead,
+      layers,
+      seconds: 0,
+    };
+  }
+
+  /** Texts and token ids become sequences before anything is written, so that a mistake in them costs nothing. */
+  async #givenCalibration(): Promise<Int32Array[] | null> {
+    const source = this.options.calibration ?? 'self';
+    if (source === 'self' || !needsCalibration(this.recipe)) return null;
+    return this.#withModel((model) => calibrationSequences(model, { ...this.#request(), source }));
+  }
+
+  async #sequences(output: QuantizedOutput, given: Int32Array[] | null): Promise<Int32Array[]> {
+    if (given || !needsCalibration(this.recipe)) return given ?? [];
+    const saved = output.savedCalibration();
+    if (saved) return saved;
+    const sampled = await this.#withModel((model) => calibrationSequences(model, { ...this.#request(), source: 'self' }));
+    await output.saveCalibration(sampled);
+    return sampled;
+  }
+
+  #request() {
+    const { samples, seqLen, seed } = this.recipe;
+    const onProgress = (f: number) => this.#progress('sample', CHECK + f * (SAMPLE - CHECK), 'sampling calibration text');
+    return { samples, seqLen, seed, signal: this.options.signal, onProgress };
+  }
+
+  async #withModel<T>(use: (model: MoeModel) => Promise<T>): Promise<T> {
+    const model = await MoeModel.load(this.checkpoint.dir);
+    try {
+      return await use(model);
+    } finally {
+      model.dispose();
+    }
+  }
+
+  /** A NaN in hour three is worse than half a minute now. */
+  async #checkFinite(): Promise<void> {
+    const tensors = requiredTensors(this.architecture);
+    for (const [i, { name }] of tensors.entries()) {
+      const at = await native().findNonFinite(this.checkpoint.tensor(name), this.control);
+      this.checkpoint.release([name]);
+      if (at >= 0) {
+        const { file, shape } = this.checkpoint.info(name);
+        const index = shape.length === 2 ? `[${Math.floor(at / shape[1]!)}, ${at % shape[1]!}]` : `[${at}]`;
+        throw new EacMoeError('NON_FINITE', `${file}: tensor '${name}' holds NaN or infinity at ${index}; the checkpoint is damaged`);
+      }
+      if (i % 64 === 0) this.#progress('check', (CHECK * i) / tensors.length, 'checking weights');
+    }
+  }
+
+  /** Both streams start with the embeddings. */
+  #embed(sequences: Int32Array[]): Streams {
+    const { hiddenSize, embedding, vocabSize } = this.architecture;
+    const lengths = sequences.map((s) => s.length);
+    const tokens = lengths.reduce((a, b) => a + b, 0);
+    const [full, quantized] = [0, 0].map(() => native().zeros('f32', [tokens, hiddenSize])) as [Tensor, Tensor];
+    const table = this.#weights.tensor(embedding.weight, [vocabSize, hiddenSize]);
+    let row = 0;
+    for (const ids of sequences) {
+      const piece = new Float32Array(ids.length * hiddenSize);
+      ids.forEach((id, i) => {
+        const values = table.rows(id, id + 1).toArray();
+        for (let j = 0; j < hiddenSize; j++) piece[i * hiddenSize + j] = values[j]! * embedding.scale;
+      });
+      for (const stream of [full, quantized]) stream.rows(row, row + ids.length).write(piece);
+      row += ids.length;
+    }
+    this.checkpoint.release([embedding.weight]);
+    return { full, quantized, batches: makeBatches(lengths) };
+  }
+
+  async #layers(output: QuantizedOutput, streams: Streams | null): Promise<LayerReport[]> {
+    const reports: LayerReport[] = output.layers.map((saved) => ({ ...saved, seconds: 0 }));
+    for (const [index, spec] of this.architecture.layers.entries()) {
+      const begun = performance.now();
+      const job: LayerJob = {
+        index,
+        spec,
+        source: this.#weights,
+        recipe: this.recipe,
+        control: this.control,
+        onProgress: (part, what) => this.#layerProgress(index, part, what),
+      };
+      if (index < reports.length) {
+        if (streams) await this.#replay(job, streams, output);
+      } else {
+        const result: LayerResult = streams ? await quantizeLayer(job, streams) : await roundLayer(job);
+        await output.writeLayer(index, result.matrices, result.report);
+        for (const matrix of result.matrices.values()) matrix.dispose();
+        reports.push({ ...result.report, seconds: (performance.now() - begun) / 1000 });
+      }
+      this.checkpoint.release(layerTensors(spec, index).map((t) => t.name));
+    }
+    return reports;
+  }
+
+  /** A layer that an earlier run finished: read it back and move the streams through it. */
+  async #replay(job: LayerJob, streams: Streams, output: QuantizedOutput): Promise<void> {
+    this.#layerProgress(job.index, 0, 'reading back');
+    const path = join(output.dir, output.shard(job.index));
+    const file = openSafetensors(path);
+    const quantization = { of: (module: string) => this.recipe.plan.get(`${module}.weight`) ?? null, quantizers: [] };
+    const reader = {
+      dir: path,
+      has: (name: string) => file.tensors.has(name),
+      info: (name: string) => file.info(name),
+      tensor: (name: string) => file.tensor(name),
+    };
+    const weights: WeightSource = {
+      matrix: (spec: LinearSpec) => readMatrix(reader, spec.weight, spec.out, spec.in, quantization),
+      tensor: (name) => file.tensor(name),
+    };
+    try {
+      await advanceLayer(job, streams, weights);
+    } finally {
+      file.dispose();
+    }
+  }
+
+  #layerProgress(layer: number, part: number, what: string): void {
+    const start = this.recipe && (this.options.calibration ?? 'self') === 'self' ? SAMPLE : CHECK;
+    const { length } = this.architecture.layers;
+    const fraction = start + ((0.99 - start) * (layer + part)) / length;
+    this.options.onProgress?.({ stage: 'calibrate', layer, fraction, message: `layer ${layer + 1}/${length}: ${what}` });
+  }
+
+  #progress(stage: 'check' | 'sample' | 'write', fraction: number, message: string): void {
+    this.options.onProgress?.({ stage, fraction, message });
+  }
+}

@@ -1,0 +1,117 @@
+/** What a model directory holds, and what it would weigh compressed. Reads configuration and headers, no weights. */
+import { describe } from '../architecture';
+import { checkTensors, requiredTensors } from '../architecture/tensors';
+import { moduleOf, quantizationOf } from '../checkpoint/quantized';
+import { Checkpoint } from '../checkpoint/source';
+import { estimateSize, makePlan, type Plan, type PlanOptions } from './plan';
+
+export interface ModelSize {
+  /** Bits of the experts; 16 = not quantized. */
+  bits: 16 | 2 | 2.5 | 3 | 4;
+  bytes: number;
+  /** Bits a weight, over the matrices that are quantized. */
+  averageBits: number;
+  /** The same with scales and zero points. */
+  averageBitsWithOverhead: number;
+}
+
+export interface ModelInfo {
+  path: string;
+  /** `model_type` of config.json. */
+  family: string;
+  layers: number;
+  moeLayers: number;
+  /** Routed experts of a MoE layer. */
+  experts: number;
+  /** Experts a token uses. */
+  topK: number;
+  sharedExperts: boolean;
+  hiddenSize: number;
+  vocabSize: number;
+  maxPositions: number;
+  parameters: number;
+  /** What one token uses. */
+  activeParameters: number;
+  /** Of the weights that are not quantized, as config.json has it. */
+  dtype: string;
+  /** Size of the weight files. */
+  bytes: number;
+  /** Of a quantized model. */
+  quantization?: {
+    quantizers: readonly string[];
+    averageBits: number;
+    averageBitsWithOverhead: number;
+    /** Matrices by their bits. */
+    matrices: Record<string, number>;
+  };
+  /** What the weights make at each bit width, under `InspectOptions`. */
+  sizes: ModelSize[];
+}
+
+/** How `sizes` are estimated; the defaults are those of `quantizeMoE`. */
+export type InspectOptions = Omit<PlanOptions, 'bits'>;
+
+const BITS = [2, 2.5, 3, 4] as const;
+
+/** @throws EacMoeError FILE_NOT_FOUND, INVALID_CHECKPOINT, INVALID_TENSOR or UNSUPPORTED_MODEL, naming the file or tensor */
+export function inspectModel(path: string, options: InspectOptions = {}): ModelInfo {
+  const checkpoint = Checkpoint.open(path);
+  try {
+    const { config } = checkpoint;
+    const architecture = describe(config);
+    checkTensors(architecture, checkpoint);
+    const moe = architecture.layers.flatMap(({ feedForward: f }) => (f.kind === 'moe' ? [f] : []));
+    const sizes = BITS.map((bits) => ({
+      bits,
+      ...estimateSize(architecture, makePlan(architecture, { ...options, bits })),
+    }));
+    const { parameters, activeParameters, bytesAt16Bit } = sizes[0]!;
+    const info: ModelInfo = {
+      path,
+      family: architecture.modelType,
+      layers: architecture.layers.length,
+      moeLayers: moe.length,
+      experts: moe[0]!.router.out,
+      topK: moe[0]!.router.topK,
+      sharedExperts: moe.some((f) => f.shared !== undefined),
+      hiddenSize: architecture.hiddenSize,
+      vocabSize: architecture.vocabSize,
+      maxPositions: architecture.maxPositions,
+      parameters,
+      activeParameters,
+      dtype: config.dtype,
+      bytes: checkpoint.byteLength,
+      sizes: [
+        { bits: 16, bytes: bytesAt16Bit, averageBits: 16, averageBitsWithOverhead: 16 },
+        ...sizes.map(({ bits, bytes, averageBits, averageBitsWithOverhead }) => ({
+          bits,
+          bytes,
+          averageBits,
+          averageBitsWithOverhead,
+        })),
+      ],
+    };
+    const quantization = quantizationOf(config);
+    if (!quantization) return info;
+    const plan: Plan = new Map(
+      requiredTensors(architecture)
+        .filter((tensor) => tensor.projection !== undefined)
+        .map(({ name }) => {
+          const module = moduleOf(name);
+          return [name, checkpoint.has(`${module}.qweight`) ? quantization.of(module) : null];
+        }),
+    );
+    const matrices: Record<string, number> = {};
+    for (const q of plan.values()) matrices[q?.bits ?? 16] = (matrices[q?.bits ?? 16] ?? 0) + 1;
+    const { averageBits, averageBitsWithOverhead } = estimateSize(architecture, plan);
+    info.quantization = {
+      quantizers: quantization.quantizers,
+      averageBits,
+      averageBitsWithOverhead,
+      matrices,
+    };
+    return info;
+  } finally {
+    checkpoint.dispose();
+  }
+}

@@ -1,0 +1,177 @@
+/** Routers: what they say about all calibration tokens, and calibrating them against expert shift (EAC-MoE section 4, Eq. 5). */
+import { setImmediate as nextTurn } from 'node:timers/promises';
+import type { Control, Tensor } from '../../types/native';
+import type { MoeSpec } from '../architecture/types';
+import type { MoeRegisters } from '../model/layer';
+import { native } from '../native';
+import type { LayerReport, ShiftRates } from './options';
+import { defaultWindow, type Recipe } from './recipe';
+import type { Batch, Bindings, LayerRunner } from './runner';
+import { ShiftCounter } from './shift';
+
+/** Tokens of an expert, rising, and the weight that each gave it. */
+export interface ExpertTokens {
+  tokens: Int32Array;
+  weights: Float32Array;
+}
+
+/** One layer's routing of all calibration tokens. */
+export class Routing {
+  readonly logits: Tensor;
+  readonly weights: Tensor;
+  readonly indices: Tensor;
+  readonly #topK: number;
+  readonly #experts: number;
+
+  constructor(tokens: number, moe: MoeSpec) {
+    this.#topK = moe.router.topK;
+    this.#experts = moe.experts.length;
+    this.logits = native().zeros('f32', [tokens, this.#experts]);
+    this.weights = native().zeros('f32', [tokens, this.#topK]);
+    this.indices = native().zeros('i32', [tokens, this.#topK]);
+  }
+
+  bindings(registers: MoeRegisters): Bindings {
+    return [
+      [registers.logits, this.logits],
+      [registers.weights, this.weights],
+      [registers.indices, this.indices],
+    ];
+  }
+
+  /** The tokens of every expert. */
+  async byExpert(): Promise<ExpertTokens[]> {
+    const indices = this.indices.toArray();
+    const weights = this.weights.toArray();
+    const counts = new Int32Array(this.#experts);
+    for (const e of indices) if (e >= 0) counts[e]!++;
+    const lists = Array.from(counts, (n) => ({ tokens: new Int32Array(n), weights: new Float32Array(n) }));
+    const filled = new Int32Array(this.#experts);
+    for (let i = 0; i < indices.length; i++) {
+      const e = indices[i]!;
+      if (e < 0) continue;
+      const at = filled[e]!++;
+      lists[e]!.tokens[at] = Math.floor(i / this.#topK);
+      lists[e]!.weights[at] = weights[i]!;
+      if (i % 65536 === 65535) await nextTurn();
+    }
+    return lists;
+  }
+
+  /**
+   * More tokens for an expert that few chose: those of the rest whose logit for it is highest, each with the weight that a softmax over
+   * all experts gives it.
+   */
+  async topUp(expert: number, list: ExpertTokens, wanted: number): Promise<ExpertTokens> {
+    const more = await native().topRows(this.logits, expert, wanted - list.tokens.length, list.tokens);
+    const tokens = new Int32Array(list.tokens.length + more.length);
+    const weights = new Float32Array(tokens.length);
+    tokens.set(list.tokens);
+    tokens.set(more, list.tokens.length);
+    weights.set(list.weights);
+    for (const [i, t] of more.entries()) {
+      const logits = this.logits.rows(t, t + 1).toArray() as Float32Array;
+      const max = logits.reduce((a, b) => Math.max(a, b));
+      const sum = logits.reduce((a, b) => a + Math.exp(b - max), 0);
+      weights[list.tokens.length + i] = Math.exp(logits[expert]! - max) / sum;
+    }
+    return { tokens, weights };
+  }
+
+  /** Expert shift of this routing against another over some batches. */
+  async shift(other: Routing, batches: Batch[]): Promise<ShiftRates> {
+    const counter = new ShiftCounter();
+    for (const { begin, end } of batches) {
+      const [a, b] = [this, other].map((r) => r.indices.rows(begin, end).toArray());
+      counter.add(a!, b!, this.#topK);
+      await nextTurn();
+    }
+    return counter.rates();
+  }
+
+  dispose(): void {
+    for (const t of [this.logits, this.weights, this.indices]) t.dispose();
+  }
+}
+
+/** Runs a layer's router over stored inputs. */
+export async function routingOf(
+  runner: LayerRunner,
+  x: Tensor,
+  moe: MoeSpec,
+  batches: Batch[],
+  control: Control,
+): Promise<Routing> {
+  const routing = new Routing(batches.at(-1)!.end, moe);
+  const { registers, route } = runner.stages;
+  const bindings: Bindings = [[registers.x, x], ...routing.bindings(registers.moe!)];
+  for (const batch of batches) await runner.run(batch, bindings, route, route, control);
+  return routing;
+}
+
+export interface RouterJob {
+  moe: MoeSpec;
+  recipe: Recipe;
+  control: Control;
+  /** Original weight, [experts, hidden]. */
+  weight: Tensor;
+  /** Router inputs of the quantized stream. */
+  x: Tensor;
+  /** Routing of the full-precision stream. */
+  full: Routing;
+  batches: Batch[];
+  /** The layer with another router. */
+  runner: (weight: Tensor) => LayerRunner;
+}
+
+export interface RouterOutcome {
+  /** In the original's dtype; absent when the original stays. */
+  weight?: Tensor;
+  /** Of the quantized stream, with the router that stays. */
+  routing: Routing;
+  report: Omit<NonNullable<LayerReport['router']>, 'expertTokens' | 'starvedExperts'>;
+}
+
+/** One part in this many of the calibration batches judges the calibrated router instead of shaping it. */
+const HELD_OUT = 16;
+
+export async function calibrateRouter(job: RouterJob): Promise<RouterOutcome> {
+  const { moe, recipe, weight, x, full, batches, control } = job;
+  const route = async (w: Tensor) => {
+    const runner = job.runner(w);
+    const routing = await routingOf(runner, x, moe, batches, control);
+    runner.dispose();
+    return routing;
+  };
+  const before = await route(weight);
+  const shiftBefore = await before.shift(full, batches);
+  const unchanged = { iterations: 0, lossBefore: 0, lossAfter: 0, shiftBefore, shiftAfter: shiftBefore, kept: false };
+  if (!recipe.router) return { routing: before, report: unchanged };
+
+  const { loss, k, ridge } = recipe.router;
+  const experts = moe.experts.length;
+  const window = loss === 'mse' ? experts : k || defaultWindow(experts, moe.router.topK);
+  const held = Math.floor(batches.length / HELD_OUT);
+  const fitted = batches[batches.length - held - 1]!.end;
+  const fit = await native().calibrateRouter(
+    weight,
+    x.rows(0, fitted),
+    full.logits.rows(0, fitted),
+    { k: Math.min(window, experts), ridge, tolerance: 1e-5, maxIterations: 100 },
+    control,
+  );
+  const calibrated = await native().cast(fit.weight, weight.dtype);
+  const after = await route(calibrated);
+  const shiftAfter = await after.shift(full, batches);
+  const judges = held > 0 ? batches.slice(-held) : batches;
+  const worse =
+    (await after.shift(full, judges)).changedAny > (await before.shift(full, judges)).changedAny;
+  const { iterations, lossBefore, lossAfter } = fit;
+  const report = { iterations, lossBefore, lossAfter, shiftBefore, shiftAfter, kept: !worse };
+  if (worse) {
+    after.dispose();
+    return { routing: before, report };
+  }
+  before.dispose();
+  return { weight: calibrated, routing: after, report };
+}

@@ -1,0 +1,113 @@
+/** Runs the stages of one decoder layer over stored hidden states. */
+import type { Control, Frame, Matrix, Program, Register, Tensor } from '../../types/native';
+import type { GluSpec, LayerSpec, LinearSpec, MoeSpec } from '../architecture/types';
+import { pushLayer, pushLinear, type LayerStages, type WeightSource } from '../model/layer';
+import { ProgramBuilder, type Range } from '../model/program';
+import { native } from '../native';
+
+/** Some weights replaced, the others from elsewhere. */
+export class Overlay implements WeightSource {
+  readonly matrices = new Map<string, Matrix>();
+  readonly #base: WeightSource;
+
+  constructor(base: WeightSource) {
+    this.#base = base;
+  }
+
+  matrix(spec: LinearSpec): Matrix {
+    return this.matrices.get(spec.weight) ?? this.#base.matrix(spec);
+  }
+
+  tensor(name: string, shape: number[]): Tensor {
+    return this.#base.tensor(name, shape);
+  }
+}
+
+/** Registers of a layer that live in stored tensors: rows of the batch are rows of the tensor. */
+export type Bindings = [Register, Tensor][];
+
+/** A layer under given weights. Rebuilt (cheaply) whenever weights change. */
+export class LayerRunner {
+  readonly stages: LayerStages;
+  readonly #program: Program;
+  readonly #frame: Frame;
+
+  constructor(spec: LayerSpec, weights: WeightSource) {
+    const b = new ProgramBuilder();
+    this.stages = pushLayer(b, weights, spec, 0);
+    this.#program = b.build();
+    this.#frame = native().createFrame(this.#program);
+  }
+
+  /** Runs from the beginning of stage `from` to the end of stage `to` over rows [begin, begin + sum of lengths) of the bound tensors. */
+  async run(batch: Batch, bindings: Bindings, from: Range, to: Range, control: Control): Promise<Frame> {
+    for (const [register, tensor] of bindings) this.#frame.bind(register, tensor.rows(batch.begin, batch.end));
+    this.#frame.begin(
+      null,
+      batch.lengths.map((length) => ({ length })),
+    );
+    await this.#frame.run(from.from, to.to, control);
+    return this.#frame;
+  }
+
+  dispose(): void {
+    this.#frame.dispose();
+    this.#program.dispose();
+  }
+}
+
+/** Whole sequences that run together: rows [begin, end) of the streams. */
+export interface Batch {
+  begin: number;
+  end: number;
+  lengths: number[];
+}
+
+/** Cuts sequences into batches of at most `tokens` tokens, or one sequence where that is longer. */
+export function makeBatches(lengths: number[], tokens = 4096): Batch[] {
+  const batches: Batch[] = [];
+  for (const length of lengths) {
+    const last = batches.at(-1);
+    if (last && last.end - last.begin + length <= tokens) {
+      last.lengths.push(length);
+      last.end += length;
+    } else {
+      const begin = last?.end ?? 0;
+      batches.push({ begin, end: begin + length, lengths: [length] });
+    }
+  }
+  return batches;
+}
+
+/** activation(gate x) * up x of one expert: the input of its down projection. */
+export class GluHidden {
+  readonly #program: Program;
+  readonly #frame: Frame;
+  readonly #x: Register;
+  readonly #gate: Register;
+
+  constructor(spec: GluSpec, activation: MoeSpec['activation'], weights: WeightSource) {
+    const b = new ProgramBuilder();
+    this.#x = b.register('x', spec.gate.in);
+    this.#gate = b.register('gate', spec.gate.out);
+    const up = b.register('up', spec.up.out);
+    pushLinear(b, weights, spec.gate, this.#x, this.#gate);
+    pushLinear(b, weights, spec.up, this.#x, up);
+    b.push({ op: 'glu', gate: this.#gate, up, activation });
+    this.#program = b.build();
+    this.#frame = native().createFrame(this.#program);
+  }
+
+  /** x f32 [n, in] -> f32 [n, hidden], valid until the next call. */
+  async run(x: Tensor, control: Control): Promise<Tensor> {
+    this.#frame.bind(this.#x, x);
+    this.#frame.begin(null, [{ length: x.shape[0]! }]);
+    await this.#frame.run(0, this.#program.length, control);
+    return this.#frame.tensor(this.#gate);
+  }
+
+  dispose(): void {
+    this.#frame.dispose();
+    this.#program.dispose();
+  }
+}
