@@ -45,7 +45,7 @@ export async function withSignal<T>(
   }
 }
 
-function abortError(signal: AbortSignal): EacMoeError {
+export function abortError(signal: AbortSignal): EacMoeError {
   return new EacMoeError('ABORTED', 'the operation was aborted', { cause: signal.reason });
 }
 

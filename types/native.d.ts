@@ -247,7 +247,12 @@ export interface NativeBinding {
   /** Index of the first element that is NaN or infinite, or -1. */
   findNonFinite(tensor: Tensor, control?: Control): Promise<number>;
 
-  quantizeRtn(w: Tensor, options: QuantOptions, importance?: Float32Array): Promise<QuantMatrix>;
+  quantizeRtn(
+    w: Tensor,
+    options: QuantOptions,
+    importance?: Float32Array,
+    control?: Control,
+  ): Promise<QuantMatrix>;
   accumulateHessian(h: Tensor, x: Tensor, weights?: Float32Array): Promise<void>;
   accumulateCross(d: Tensor, xFull: Tensor, x: Tensor, weights?: Float32Array): Promise<void>;
   factorHessian(h: Tensor, damping: number, actOrder: boolean, control?: Control): Promise<HessianFactor>;

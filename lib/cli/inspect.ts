@@ -18,7 +18,7 @@ const millions = (n: number) => (n >= 1e9 ? `${(n / 1e9).toFixed(2)} B` : `${(n 
 
 function print(info: ModelInfo): void {
   const dense = info.layers - info.moeLayers;
-  printFields([
+  const fields: [string, string][] = [
     ['family', info.family],
     ['layers', `${info.layers}${dense > 0 ? ` (${dense} of them dense)` : ''}`],
     ['experts', `${info.experts}, ${info.topK} a token${info.sharedExperts ? ', and shared ones' : ''}`],
@@ -28,13 +28,14 @@ function print(info: ModelInfo): void {
     ['parameters', `${millions(info.parameters)}, ${millions(info.activeParameters)} active`],
     ['dtype', info.dtype],
     ['size', megabytes(info.bytes)],
-  ]);
+  ];
   if (info.quantization) {
     const { averageBits, averageBitsWithOverhead, matrices } = info.quantization;
     const counts = Object.entries(matrices).map(([bits, n]) => `${n} at ${bits} bit`);
     const average = `${averageBits.toFixed(2)} bits a weight, ${averageBitsWithOverhead.toFixed(2)} with scales and zero points`;
-    printFields([['quantized', `${average}; matrices: ${counts.join(', ')}`]]);
+    fields.push(['quantized', `${average}; matrices: ${counts.join(', ')}`]);
   }
+  printFields(fields);
   process.stdout.write('\nbits  average  with scales  size\n');
   for (const { bits, averageBits, averageBitsWithOverhead, bytes } of info.sizes) {
     const columns = [

@@ -73,7 +73,7 @@ export function quantizeCommand(): Command {
     )
     .option(
       '--method <method>',
-      'gptq, or rtn (round to nearest, no calibration)',
+      'gptq, or rtn (round to nearest; with --router none it needs no calibration)',
       oneOf('gptq', 'rtn'),
       'gptq',
     )

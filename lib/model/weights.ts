@@ -4,6 +4,7 @@ import type { Matrix, Tensor } from '../../types/native';
 import type { Architecture, LayerSpec, LinearSpec } from '../architecture/types';
 import { quantizationOf, readMatrix, type Quantization } from '../checkpoint/quantized';
 import type { Checkpoint } from '../checkpoint/source';
+import { abortError } from '../native';
 import type { WeightSource } from './layer';
 
 export class CheckpointWeights implements WeightSource {
@@ -36,7 +37,7 @@ export class CheckpointWeights implements WeightSource {
       for (const spec of layerMatrices(layer)) {
         this.matrix(spec);
         await nextTurn();
-        signal?.throwIfAborted();
+        if (signal?.aborted) throw abortError(signal);
       }
       this.#checkpoint.release(this.#checkpoint.names().filter((name) => /\.(qweight|qzeros|scales)$/.test(name)));
     }

@@ -17,7 +17,10 @@ export interface PruneOptions {
   /**
    * What a token gets in place of its pruned experts; the paper leaves it open. `drop`: nothing, a token may keep fewer than K experts or
    * none. `renormalize`: the survivors' weights, scaled to the sum that all had. `reselect`: its next choices among the kept experts.
-   * Default `drop`.
+   *
+   * Default `drop`. Measured on the bundled model (windows of 512 and of 256 tokens of prose, math and code): up to α = 0.5 the three
+   * perplexities are within 0.6 % of each other. `renormalize` has the largest KL divergence from α = 0.3 on; `reselect` has the smallest,
+   * by 3 % at most, but all its work remains, where `drop` skips 0.4, 3, 7 and 12 % of the token-expert pairs at α = 0.1, 0.3, 0.5, 0.7.
    */
   mode?: PruneMode;
   /** Sequences shorter than this are not pruned: their counts say little. Default 1: all are. */

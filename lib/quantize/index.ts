@@ -1,5 +1,5 @@
 /** QESC: compresses a Mixture-of-Experts checkpoint layer by layer (EAC-MoE section 4). */
-import type { Control, Tensor } from '../../types/native';
+import type { Control } from '../../types/native';
 import { describe, type Architecture, type LinearSpec } from '../architecture';
 import { checkTensors, layerTensors, requiredTensors } from '../architecture/tensors';
 import { quantizationOf, readMatrix } from '../checkpoint/quantized';
@@ -23,8 +23,8 @@ import { join } from 'node:path';
 /**
  * Compresses the model in directory `source` (Hugging Face layout, full precision) into `options.output`, and loads the result.
  *
- * Memory is bounded by one layer: its Hessians and the hidden states of the calibration tokens (4 f32 values a token and hidden
- * channel). The result depends on the source, the options and the seed, not on threads; a killed run continues when it is called again.
+ * Memory is bounded by one layer, its Hessians and the hidden states of the calibration tokens (4 f32 values a token and hidden
+ * channel), then by the compressed model. The result depends on the source, the options and the seed, not on threads; a killed run continues when it is called again.
  *
  * @throws EacMoeError: INVALID_ARGUMENT for options out of range, FILE_NOT_FOUND, INVALID_CHECKPOINT, INVALID_TENSOR, NON_FINITE or
  * UNSUPPORTED_MODEL for the source, CALIBRATION, TOKENIZER, OUTPUT for the directory or a full disk, ABORTED
@@ -33,6 +33,12 @@ export async function quantizeMoE(
   source: string,
   options: QuantizeOptions,
 ): Promise<{ model: MoeModel; report: QuantizeReport }> {
+  const report = await quantizeCheckpoint(source, options);
+  return { model: await MoeModel.load(options.output, { signal: options.signal }), report };
+}
+
+/** `quantizeMoE` without loading the result: memory does not grow with the number of layers. */
+export async function quantizeCheckpoint(source: string, options: QuantizeOptions): Promise<QuantizeReport> {
   const begun = performance.now();
   setDevice(options);
   if (typeof options.output !== 'string' || options.output === '') {
@@ -56,7 +62,7 @@ export async function quantizeMoE(
     checkpoint.dispose();
   }
   report.seconds = (performance.now() - begun) / 1000;
-  return { model: await MoeModel.load(options.output, { signal: options.signal }), report };
+  return report;
 }
 
 /** Shares of the work, for the progress bar. */
@@ -162,7 +168,8 @@ class Quantizer {
     const { hiddenSize, embedding, vocabSize } = this.architecture;
     const lengths = sequences.map((s) => s.length);
     const tokens = lengths.reduce((a, b) => a + b, 0);
-    const [full, quantized] = [0, 0].map(() => native().zeros('f32', [tokens, hiddenSize])) as [Tensor, Tensor];
+    const zeros = () => native().zeros('f32', [tokens, hiddenSize]);
+    const streams: Streams = { full: zeros(), quantized: zeros(), xFull: zeros(), x: zeros(), batches: makeBatches(lengths) };
     const table = this.#weights.tensor(embedding.weight, [vocabSize, hiddenSize]);
     let row = 0;
     for (const ids of sequences) {
@@ -171,11 +178,15 @@ class Quantizer {
         const values = table.rows(id, id + 1).toArray();
         for (let j = 0; j < hiddenSize; j++) piece[i * hiddenSize + j] = values[j]! * embedding.scale;
       });
-      for (const stream of [full, quantized]) stream.rows(row, row + ids.length).write(piece);
+      for (const stream of [streams.full, streams.quantized]) {
+        const view = stream.rows(row, row + ids.length);
+        view.write(piece);
+        view.dispose();
+      }
       row += ids.length;
     }
     this.checkpoint.release([embedding.weight]);
-    return { full, quantized, batches: makeBatches(lengths) };
+    return streams;
   }
 
   async #layers(output: QuantizedOutput, streams: Streams | null): Promise<LayerReport[]> {

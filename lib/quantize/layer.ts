@@ -8,6 +8,7 @@ import type { Control, Matrix, Tensor } from '../../types/native';
 import type { DenseSpec, GluSpec, LayerSpec, LinearSpec, MoeSpec } from '../architecture/types';
 import { native } from '../native';
 import type { WeightSource } from '../model/layer';
+import { layerMatrices } from '../model/weights';
 import { GluHidden, LayerRunner, Overlay, type Batch, type Bindings } from './runner';
 import { InputStatistics, roundToNearest, sourceTensor, type Quantized, type Solver } from './matrix';
 import type { LayerReport } from './options';
@@ -18,6 +19,9 @@ import { calibrateRouter, routingOf, type Routing } from './router';
 export interface Streams {
   full: Tensor;
   quantized: Tensor;
+  /** Room for the inputs of a layer's feed-forward on both streams, f32 [tokens, hidden]. */
+  xFull: Tensor;
+  x: Tensor;
   batches: Batch[];
 }
 
@@ -62,17 +66,13 @@ export async function advanceLayer(job: LayerJob, streams: Streams, quantized: W
 
 /** Round to nearest: no data, no streams. */
 export async function roundLayer(job: LayerJob): Promise<LayerResult> {
+  const { index, spec: layer, source, recipe, control } = job;
   const matrices = new Map<string, Matrix>();
-  for (const spec of quantizable(job.spec)) {
-    const q = job.recipe.plan.get(spec.weight);
-    if (q) matrices.set(spec.weight, await roundToNearest(sourceTensor(job.source, spec), q, job.recipe.clipSearch));
+  for (const spec of layerMatrices(layer)) {
+    const q = recipe.plan.get(spec.weight);
+    if (q) matrices.set(spec.weight, await roundToNearest(sourceTensor(source, spec), q, recipe, control));
   }
-  return { matrices, report: { layer: job.index, errors: {} } };
-}
-
-function quantizable({ attention: a, feedForward: f }: LayerSpec): LinearSpec[] {
-  const glus: GluSpec[] = f.kind === 'dense' ? [f] : [...f.experts, ...(f.shared ? [f.shared] : [])];
-  return [a.q, a.k, a.v, a.o, ...glus.flatMap(({ gate, up, down }) => [gate, up, down])];
+  return { matrices, report: { layer: index, errors: {} } };
 }
 
 class LayerQuantizer {
@@ -80,10 +80,8 @@ class LayerQuantizer {
   readonly #streams: Streams;
   readonly #weights: Overlay;
   readonly #full: LayerRunner;
-  readonly #errors = new Map<string, number[]>();
-  /** Inputs of the feed-forward, f32 [tokens, hidden]. */
-  #x!: Tensor;
-  #xFull!: Tensor;
+  /** By weight name. */
+  readonly #errors = new Map<string, { kind: string; error: number }>();
 
   constructor(job: LayerJob, streams: Streams) {
     this.#job = job;
@@ -94,25 +92,30 @@ class LayerQuantizer {
 
   async run(): Promise<LayerResult> {
     const { index, spec, onProgress } = this.#job;
-    const hidden = spec.attentionNorm.size;
-    const tokens = this.#streams.batches.at(-1)!.end;
     const report: LayerResult['report'] = { layer: index, errors: {} };
     try {
       onProgress(0, 'attention');
       await this.#attentionInputs();
-      this.#x = native().zeros('f32', [tokens, hidden]);
-      this.#xFull = native().zeros('f32', [tokens, hidden]);
       await this.#attentionOutput();
       onProgress(0.15, spec.feedForward.kind === 'moe' ? 'router' : 'feed-forward');
       if (spec.feedForward.kind === 'moe') report.router = await this.#mixture(spec.feedForward);
       else await this.#dense(spec.feedForward);
-      for (const [kind, values] of this.#errors) report.errors[kind] = values.reduce((a, b) => a + b, 0) / values.length;
+      report.errors = this.#meanErrors();
       return { matrices: this.#weights.matrices, report };
     } finally {
       this.#full.dispose();
-      this.#x?.dispose();
-      this.#xFull?.dispose();
     }
+  }
+
+  /** By kind, summed in the order of the layer's matrices: the order in which experts get done varies. */
+  #meanErrors(): Record<string, number> {
+    const values: Record<string, number[]> = {};
+    for (const { weight } of layerMatrices(this.#job.spec)) {
+      const found = this.#errors.get(weight);
+      if (found) (values[found.kind] ??= []).push(found.error);
+    }
+    const mean = (all: number[]) => all.reduce((a, b) => a + b, 0) / all.length;
+    return Object.fromEntries(Object.entries(values).map(([kind, all]) => [kind, mean(all)]));
   }
 
   /** q, k and v share their input. */
@@ -120,7 +123,7 @@ class LayerQuantizer {
     const { spec, recipe, control } = this.#job;
     const { attention } = spec;
     const linears = [attention.q, attention.k, attention.v];
-    const statistics = this.#statistics(attention.q.in);
+    const statistics = this.#statistics(linears);
     const quantized = this.#runner();
     for (const batch of statistics ? this.#streams.batches : []) {
       const a = await quantized.run(batch, this.#hidden(quantized), quantized.stages.attentionNorm, quantized.stages.attentionNorm, control);
@@ -137,7 +140,7 @@ class LayerQuantizer {
   async #attentionOutput(): Promise<void> {
     const { spec, control } = this.#job;
     const { o } = spec.attention;
-    const statistics = this.#statistics(o.in);
+    const statistics = this.#statistics([o]);
     let quantized = this.#runner();
     for (const batch of this.#streams.batches) {
       const { stages } = this.#full;
@@ -157,13 +160,13 @@ class LayerQuantizer {
 
   async #mixture(moe: MoeSpec): Promise<LayerReport['router']> {
     const { recipe, onProgress, control } = this.#job;
-    const full = await routingOf(this.#full, this.#xFull, moe, this.#streams.batches, control);
+    const full = await routingOf(this.#full, this.#streams.xFull, moe, this.#streams.batches, control);
     const outcome = await calibrateRouter({
       moe,
       recipe,
       control,
       weight: sourceTensor(this.#weights, moe.router),
-      x: this.#x,
+      x: this.#streams.x,
       full,
       batches: this.#streams.batches,
       runner: (weight) => {
@@ -220,11 +223,11 @@ class LayerQuantizer {
   /** gate and up, then down behind them, from the given rows of the stored inputs (null: all). */
   async #glu(spec: GluSpec, kind: string, activation: MoeSpec['activation'], selection: Selection | null): Promise<void> {
     const { source, control } = this.#job;
-    let statistics = this.#statistics(spec.gate.in);
+    let statistics = this.#statistics([spec.gate, spec.up]);
     if (statistics) await this.#eachInput(selection, (x, xFull, w) => statistics!.add(x, xFull, w));
     await this.#quantizeTogether([spec.gate, spec.up], kind, statistics);
 
-    statistics = this.#statistics(spec.down.in);
+    statistics = this.#statistics([spec.down]);
     if (statistics) {
       const quantized = new GluHidden(spec, activation, this.#weights);
       const full = this.#job.recipe.twoStreamTargets ? new GluHidden(spec, activation, source) : undefined;
@@ -240,9 +243,10 @@ class LayerQuantizer {
   /** Both streams through the feed-forward, with the routing that was found. */
   async #advance(full?: Routing, quantized?: Routing): Promise<void> {
     const q = this.#runner();
+    const s = this.#streams;
     for (const [runner, h, x, routing] of [
-      [this.#full, this.#streams.full, this.#xFull, full],
-      [q, this.#streams.quantized, this.#x, quantized],
+      [this.#full, s.full, s.xFull, full],
+      [q, s.quantized, s.x, quantized],
     ] as const) {
       const { h: rh, x: rx, moe } = runner.stages.registers;
       const bindings: Bindings = [
@@ -260,53 +264,51 @@ class LayerQuantizer {
   async #quantizeTogether(linears: LinearSpec[], kind: string, statistics: InputStatistics | undefined): Promise<void> {
     const { recipe, source, control } = this.#job;
     const planned = linears.filter((spec) => recipe.plan.get(spec.weight));
-    let solver: Solver | undefined;
-    if (statistics && planned.length > 0) solver = await statistics.solver(recipe, control);
+    const solver: Solver | undefined = await statistics?.solver(recipe, control);
     for (const spec of planned) {
       const w = sourceTensor(source, spec);
       const q = recipe.plan.get(spec.weight)!;
       const { matrix, error }: Quantized = solver
         ? await solver.quantize(w, q)
-        : { matrix: await roundToNearest(w, q, recipe.clipSearch), error: 0 };
+        : { matrix: await roundToNearest(w, q, recipe, control), error: 0 };
       this.#weights.matrices.set(spec.weight, matrix);
-      if (!this.#errors.has(kind)) this.#errors.set(kind, []);
-      this.#errors.get(kind)!.push(error);
+      this.#errors.set(spec.weight, { kind, error });
     }
     solver?.dispose();
   }
 
-  /** Calls `use` with the stored inputs of both streams, a block of rows at a time. */
+  /** Calls `use` with the stored inputs of both streams, a block of rows at a time; `use` disposes them. */
   async #eachInput(
     selection: Selection | null,
     use: (x: Tensor, xFull: Tensor | undefined, weights?: Float32Array) => Promise<void>,
   ): Promise<void> {
-    const { twoStreamTargets } = this.#job.recipe;
+    const { x, xFull, batches } = this.#streams;
+    const inputs = this.#job.recipe.twoStreamTargets ? [x, xFull] : [x];
     if (!selection) {
-      for (const { begin, end } of this.#streams.batches) {
-        await use(this.#x.rows(begin, end), twoStreamTargets ? this.#xFull.rows(begin, end) : undefined);
+      for (const { begin, end } of batches) {
+        const [a, b] = inputs.map((from) => from.rows(begin, end));
+        await use(a!, b);
       }
       return;
     }
     const { rows, weights } = selection;
     const width = this.#job.spec.attentionNorm.size;
     const size = Math.min(GATHER_ROWS, rows.length);
-    const buffers = (twoStreamTargets ? [this.#x, this.#xFull] : [this.#x]).map((from) => ({
-      from,
-      to: native().zeros('f32', [size, width]),
-    }));
+    const buffers = inputs.map((from) => ({ from, to: native().zeros('f32', [size, width]) }));
     for (let begin = 0; begin < rows.length; begin += size) {
       const part = rows.subarray(begin, begin + size);
-      const [x, xFull] = buffers.map(({ to }) => to.rows(0, part.length));
-      await native().gatherRows(this.#x, part, x!);
-      if (xFull) await native().gatherRows(this.#xFull, part, xFull);
-      await use(x!, xFull, weights?.subarray(begin, begin + size));
+      const gathered = buffers.map(({ from, to }) => ({ from, to: to.rows(0, part.length) }));
+      for (const { from, to } of gathered) await native().gatherRows(from, part, to);
+      await use(gathered[0]!.to, gathered[1]?.to, weights?.subarray(begin, begin + size));
     }
     for (const { to } of buffers) to.dispose();
   }
 
-  #statistics(width: number): InputStatistics | undefined {
-    const { method, twoStreamTargets } = this.#job.recipe;
-    return method === 'gptq' ? new InputStatistics(width, twoStreamTargets) : undefined;
+  /** For matrices that share an input; none where no data are needed. */
+  #statistics(linears: LinearSpec[]): InputStatistics | undefined {
+    const { method, twoStreamTargets, plan } = this.#job.recipe;
+    const needed = method === 'gptq' && linears.some((spec) => plan.get(spec.weight));
+    return needed ? new InputStatistics(linears[0]!.in, twoStreamTargets) : undefined;
   }
 
   #runner(): LayerRunner {
@@ -318,7 +320,7 @@ class LayerQuantizer {
     const full = runner === this.#full;
     const { h, x } = runner.stages.registers;
     const bindings: Bindings = [[h, full ? this.#streams.full : this.#streams.quantized]];
-    if (keepInput) bindings.push([x, full ? this.#xFull : this.#x]);
+    if (keepInput) bindings.push([x, full ? this.#streams.xFull : this.#streams.x]);
     return bindings;
   }
 }

@@ -23,11 +23,13 @@ export class InputStatistics {
     this.#d = twoStream ? native().zeros('f32', [width, width]) : undefined;
   }
 
-  /** x, xFull: f32 [n, width] of the same tokens; weights: one a token. */
+  /** x, xFull: f32 [n, width] of the same tokens; weights: one a token. Disposes x and xFull: views keep what they look at in memory. */
   async add(x: Tensor, xFull: Tensor | undefined, weights?: Float32Array): Promise<void> {
     await native().accumulateHessian(this.#h, x, weights);
     if (this.#d && xFull) await native().accumulateCross(this.#d, xFull, x, weights);
     this.#weight += weights ? weights.reduce((a, b) => a + b, 0) : x.shape[0]!;
+    x.dispose();
+    xFull?.dispose();
   }
 
   async solver(recipe: Recipe, control: Control): Promise<Solver> {
@@ -78,7 +80,13 @@ export function sourceTensor(weights: WeightSource, spec: LinearSpec): Tensor {
 }
 
 /** Round to nearest. */
-export async function roundToNearest(w: Tensor, q: ModuleQuantization, clipSearch: boolean): Promise<QuantMatrix> {
+export async function roundToNearest(
+  w: Tensor,
+  q: ModuleQuantization,
+  recipe: Recipe,
+  control: Control,
+): Promise<QuantMatrix> {
   const { bits, groupSize, symmetric } = q;
-  return native().quantizeRtn(w, { bits, groupSize, symmetric, clipSearch });
+  const options = { bits, groupSize, symmetric, clipSearch: recipe.clipSearch };
+  return native().quantizeRtn(w, options, undefined, control);
 }

@@ -1,4 +1,5 @@
 /** What `quantizeMoE` takes, and its defaults. */
+import type { ShiftRates } from '../evaluate/shift';
 import type { BitsOption, SharedBits } from './plan';
 
 export type CalibrationSource =
@@ -75,19 +76,10 @@ export interface QuantizeOptions {
   signal?: AbortSignal;
 }
 
-/** How often the quantized stream's experts differ from the full-precision stream's, as shares of the tokens (EAC-MoE section 3). */
-export interface ShiftRates {
-  changedAll: number;
-  /** At least one. */
-  changedAny: number;
-  /** At least half. */
-  changedHalf: number;
-}
-
 export interface LayerReport {
   layer: number;
   seconds: number;
-  /** Mean squared output error per matrix kind, relative to the matrix's output energy. */
+  /** Mean squared output error of a token and output channel, averaged over the matrices of each kind; 0 for `rtn`, which does not know it. */
   errors: Record<string, number>;
   router?: {
     iterations: number;

@@ -79,7 +79,7 @@ export class QuantizedOutput {
     const layers = await savedLayers(dir, job, options.resume);
     const missing = 1 - layers.length / (architecture.layers.length + 1);
     await checkSpace(dir, options.bytes * missing);
-    await mkdir(dir, { recursive: true });
+    await makeDirectory(dir);
     removeTemporaryFiles(dir);
     const output = new QuantizedOutput(dir, source, architecture, recipe, job, layers);
     if (layers.length === 0) await output.#save();
@@ -114,14 +114,14 @@ export class QuantizedOutput {
 
   /** Writes a finished layer; from here on a killed run continues behind it. */
   async writeLayer(layer: number, matrices: ReadonlyMap<string, Matrix>, report: SavedLayer): Promise<void> {
-    await writeSafetensors(join(this.dir, this.shard(layer)), this.#entries(layer, matrices));
+    await this.#writeShard(layer, matrices);
     this.layers.push(report);
     await this.#save();
   }
 
   /** Writes what belongs to no layer, the index, the tokenizer's files, the report and at last config.json. Returns the bytes of the weights. */
   async finish(summary: Record<string, unknown>): Promise<number> {
-    await writeSafetensors(join(this.dir, this.shard(-1)), this.#entries(undefined, new Map()));
+    await this.#writeShard(-1, new Map());
     const bytes = await this.#writeIndex();
     await copyCompanionFiles(this.#source.dir, this.dir);
     const { version: by, source, recipe, calibration } = this.#job;
@@ -146,15 +146,17 @@ export class QuantizedOutput {
     await writeJson(join(this.dir, PARTIAL), { ...this.#job, layers: this.layers });
   }
 
-  #entries(layer: number | undefined, matrices: ReadonlyMap<string, Matrix>): TensorEntry[] {
-    return requiredTensors(this.#architecture)
-      .filter((t) => t.layer === layer)
-      .flatMap(({ name }): TensorEntry[] => {
+  /** `layer` -1: what belongs to no layer. What `matrices` lacks comes from the source. */
+  async #writeShard(layer: number, matrices: ReadonlyMap<string, Matrix>): Promise<void> {
+    const entries = requiredTensors(this.#architecture)
+      .filter((t) => (t.layer ?? -1) === layer)
+      .flatMap(({ name }): (TensorEntry & { data: Tensor })[] => {
         const matrix = matrices.get(name);
         if (matrix && 'bits' in matrix) return quantizedEntries(moduleOf(name), matrix);
-        const tensor: Tensor = matrix ?? this.#source.tensor(name);
-        return [{ name, data: tensor }];
+        return [{ name, data: matrix ?? this.#source.tensor(name) }];
       });
+    await writeSafetensors(join(this.dir, this.shard(layer)), entries);
+    for (const { data } of entries) data.dispose();
   }
 
   async #writeIndex(): Promise<number> {
@@ -219,6 +221,14 @@ function difference(a: Job, b: Job): string | null {
     if (JSON.stringify(a.recipe[key]) !== JSON.stringify(b.recipe[key])) return key === 'plan' ? 'plan of bits' : key;
   }
   return null;
+}
+
+async function makeDirectory(dir: string): Promise<void> {
+  try {
+    await mkdir(dir, { recursive: true });
+  } catch (cause) {
+    throw new EacMoeError('OUTPUT', `${dir}: cannot be created: ${(cause as Error).message}`, { cause });
+  }
 }
 
 /** Says at the beginning what would otherwise be found out after hours. */

@@ -69,6 +69,9 @@ export function makeRecipe(architecture: Architecture, o: QuantizeOptions): Reci
     groupSize: o.groupSize,
     symmetric: o.symmetric,
   });
+  if ([...plan.values()].every((q) => q === null)) {
+    throw new EacMoeError('INVALID_ARGUMENT', 'bits leaves every matrix at 16 bit: there is nothing to quantize');
+  }
   return {
     method,
     plan,

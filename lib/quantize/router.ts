@@ -3,11 +3,11 @@ import { setImmediate as nextTurn } from 'node:timers/promises';
 import type { Control, Tensor } from '../../types/native';
 import type { MoeSpec } from '../architecture/types';
 import type { MoeRegisters } from '../model/layer';
+import { countShift, ShiftMeter, type ShiftRates } from '../evaluate/shift';
 import { native } from '../native';
-import type { LayerReport, ShiftRates } from './options';
+import type { LayerReport } from './options';
 import { defaultWindow, type Recipe } from './recipe';
 import type { Batch, Bindings, LayerRunner } from './runner';
-import { ShiftCounter } from './shift';
 
 /** Tokens of an expert, rising, and the weight that each gave it. */
 export interface ExpertTokens {
@@ -70,7 +70,9 @@ export class Routing {
     tokens.set(more, list.tokens.length);
     weights.set(list.weights);
     for (const [i, t] of more.entries()) {
-      const logits = this.logits.rows(t, t + 1).toArray() as Float32Array;
+      const row = this.logits.rows(t, t + 1);
+      const logits = row.toArray() as Float32Array;
+      row.dispose();
       const max = logits.reduce((a, b) => Math.max(a, b));
       const sum = logits.reduce((a, b) => a + Math.exp(b - max), 0);
       weights[list.tokens.length + i] = Math.exp(logits[expert]! - max) / sum;
@@ -80,13 +82,19 @@ export class Routing {
 
   /** Expert shift of this routing against another over some batches. */
   async shift(other: Routing, batches: Batch[]): Promise<ShiftRates> {
-    const counter = new ShiftCounter();
+    const meter = new ShiftMeter();
     for (const { begin, end } of batches) {
-      const [a, b] = [this, other].map((r) => r.indices.rows(begin, end).toArray());
-      counter.add(a!, b!, this.#topK);
+      const [a, b] = [this, other].map((r) => {
+        const rows = r.indices.rows(begin, end);
+        const indices = rows.toArray() as Int32Array;
+        rows.dispose();
+        return indices;
+      });
+      meter.add(0, countShift(b!, a!, this.#topK));
       await nextTurn();
     }
-    return counter.rates();
+    const { changedAll, changedAny, changedHalf } = meter.result();
+    return { changedAll, changedAny, changedHalf };
   }
 
   dispose(): void {
@@ -153,13 +161,11 @@ export async function calibrateRouter(job: RouterJob): Promise<RouterOutcome> {
   const window = loss === 'mse' ? experts : k || defaultWindow(experts, moe.router.topK);
   const held = Math.floor(batches.length / HELD_OUT);
   const fitted = batches[batches.length - held - 1]!.end;
-  const fit = await native().calibrateRouter(
-    weight,
-    x.rows(0, fitted),
-    full.logits.rows(0, fitted),
-    { k: Math.min(window, experts), ridge, tolerance: 1e-5, maxIterations: 100 },
-    control,
-  );
+  const inputs = x.rows(0, fitted);
+  const targets = full.logits.rows(0, fitted);
+  const options = { k: Math.min(window, experts), ridge, tolerance: 1e-5, maxIterations: 100 };
+  const fit = await native().calibrateRouter(weight, inputs, targets, options, control);
+  for (const view of [inputs, targets]) view.dispose();
   const calibrated = await native().cast(fit.weight, weight.dtype);
   const after = await route(calibrated);
   const shiftAfter = await after.shift(full, batches);

@@ -39,14 +39,23 @@ export class LayerRunner {
     this.#frame = native().createFrame(this.#program);
   }
 
-  /** Runs from the beginning of stage `from` to the end of stage `to` over rows [begin, begin + sum of lengths) of the bound tensors. */
+  /**
+   * Runs from the beginning of stage `from` to the end of stage `to`, over rows [begin, end) of the bound tensors. The other registers
+   * can be read from the frame until the next run.
+   */
   async run(batch: Batch, bindings: Bindings, from: Range, to: Range, control: Control): Promise<Frame> {
-    for (const [register, tensor] of bindings) this.#frame.bind(register, tensor.rows(batch.begin, batch.end));
+    for (const [register, tensor] of bindings) {
+      const view = tensor.rows(batch.begin, batch.end);
+      this.#frame.bind(register, view);
+      view.dispose();
+    }
     this.#frame.begin(
       null,
       batch.lengths.map((length) => ({ length })),
     );
     await this.#frame.run(from.from, to.to, control);
+    // The next run may bind others, and have more rows.
+    for (const [register] of bindings) this.#frame.bind(register, null);
     return this.#frame;
   }
 
@@ -98,10 +107,12 @@ export class GluHidden {
     this.#frame = native().createFrame(this.#program);
   }
 
-  /** x f32 [n, in] -> f32 [n, hidden], valid until the next call. */
+  /** x f32 [n, in] -> f32 [n, hidden], valid until the next call. Disposes x. */
   async run(x: Tensor, control: Control): Promise<Tensor> {
+    const [length] = x.shape as [number];
     this.#frame.bind(this.#x, x);
-    this.#frame.begin(null, [{ length: x.shape[0]! }]);
+    x.dispose();
+    this.#frame.begin(null, [{ length }]);
     await this.#frame.run(0, this.#program.length, control);
     return this.#frame.tensor(this.#gate);
   }

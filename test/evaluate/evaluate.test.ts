@@ -8,7 +8,10 @@ import { describeWith, expectRejection, scratch, shared } from '../checkpoint/he
 
 const bundled = join(__dirname, '../../models/trio-moe-9m');
 const dir = scratch();
-const text = 'The ship sailed along the coast for three days, and 12 + 7 = 19.\ndef add(a, b):\n    return a + b\n'.repeat(9);
+const text =
+  'The ship sailed along the coast for three days, and 12 + 7 = 19.\ndef add(a, b):\n    return a + b\n'.repeat(
+    9,
+  );
 
 let model: MoeModel;
 /** The same model with noise in its weights. */
@@ -31,7 +34,10 @@ function withNoise(copy: string): string {
   const file = join(copy, 'model.safetensors');
   const bytes = readFileSync(file);
   const begin = 8 + Number(bytes.readBigUInt64LE(0));
-  const header = JSON.parse(bytes.toString('utf8', 8, begin)) as Record<string, { data_offsets?: [number, number] }>;
+  const header = JSON.parse(bytes.toString('utf8', 8, begin)) as Record<
+    string,
+    { data_offsets?: [number, number] }
+  >;
   for (const [name, { data_offsets: at }] of Object.entries(header)) {
     if (!at || !/mlp\.(gate|experts)/.test(name)) continue;
     for (let i = begin + at[0]; i < begin + at[1]; i += 2) bytes[i] = bytes[i]! ^ (i % 7 === 0 ? 0x50 : 0x08);
@@ -72,12 +78,19 @@ describe('on a text', () => {
         }
       }
     }
-    const result = await evaluate(noisy, { perplexity: text, seqLen, maxTokens: windows * seqLen + 5, reference: model });
+    const result = await evaluate(noisy, {
+      perplexity: text,
+      seqLen,
+      maxTokens: windows * seqLen + 5,
+      reference: model,
+    });
     expect(result).toMatchObject({ tokens: windows * seqLen, windows });
     expect(result.perplexity).toBeCloseTo(Math.exp(nll / n), 3);
     expect(result.kl).toBeGreaterThan(0.001);
     expect(result.kl).toBeCloseTo(kl / n, 5);
-    expect(result.expertShift!.layers.map((l) => l.changedAny)).toEqual([...changed].map((c) => expect.closeTo(c, 9)));
+    expect(result.expertShift!.layers.map((l) => l.changedAny)).toEqual(
+      [...changed].map((c) => expect.closeTo(c, 9)),
+    );
     expect(result.expertShift!.changedAny).toBeGreaterThan(0.01);
     expect(result.expertShift!.changedAny).toBeCloseTo(changed.reduce((a, b) => a + b, 0) / 4, 9);
     expect(result.prunedExperts).toBeUndefined();
@@ -103,7 +116,9 @@ describe('on a text', () => {
     const result = await evaluate(pruned, { ...one, reference: model });
     const { routing } = await pruned.forward(ids.slice(0, seqLen), { routing: true, logits: 'none' });
     const skipped = routing!.map(({ indices }) => indices.filter((e) => e < 0).length);
-    const unused = routing!.map(({ indices, experts }) => experts - new Set(indices.filter((e) => e >= 0)).size);
+    const unused = routing!.map(
+      ({ indices, experts }) => experts - new Set(indices.filter((e) => e >= 0)).size,
+    );
     expect(result.prunedPairs).toBeCloseTo(skipped.reduce((a, b) => a + b) / (4 * 4 * seqLen), 9);
     expect(result.prunedExperts).toBeCloseTo(unused.reduce((a, b) => a + b) / (4 * 16), 9);
     expect(result.expertShift!.layers[0]!.changedAny).toBe(0);
@@ -115,11 +130,15 @@ describe('on a text', () => {
     const window = ids.slice(0, seqLen);
     const vocab = model.architecture.vocabSize;
     const { logits, routing } = await model.forward(window, { routing: true });
-    const from = (l: Float32Array, first: number, row: number) => -logSoftmax(l, row - first, vocab)[window[row + 1]!]!;
+    const from = (l: Float32Array, first: number, row: number) =>
+      -logSoftmax(l, row - first, vocab)[window[row + 1]!]!;
     const plain = await evaluate(model, { perplexity: window, seqLen, causal: true });
     let nll = 0;
     for (let t = half - 1; t + 1 < seqLen; t++) nll += from(logits, 0, t);
-    expect(plain.causal).toEqual({ perplexity: expect.closeTo(Math.exp(nll / half), 3) as number, tokens: half });
+    expect(plain.causal).toEqual({
+      perplexity: expect.closeTo(Math.exp(nll / half), 3) as number,
+      tokens: half,
+    });
 
     // The same by hand: unpruned first half into a cache, then a second half that may use only the experts that the first used enough.
     const keep = routing!.map(({ indices, experts }) => {
@@ -188,7 +207,9 @@ describe('multiple choice', () => {
     const plain = await evaluate(model, { choices: rows });
     expect((await evaluate(spied, { choices: rows })).choices).toEqual(plain.choices);
     const length = (t: string) => model.tokenizer.encode(t).length;
-    expect(tokens.slice(0, 2)).toEqual(row!.choices.map((choice) => length(row!.context) + length(choice) - 1));
+    expect(tokens.slice(0, 2)).toEqual(
+      row!.choices.map((choice) => length(row!.context) + length(choice) - 1),
+    );
   });
 
   test.each([
@@ -196,12 +217,19 @@ describe('multiple choice', () => {
     [[{ context: '', choices: ['a', 'b'], answer: 0 }], 'row 1: context'],
     [[{ context: 'a', choices: ['a'], answer: 0 }], 'row 1: choices'],
     [[rows[0], { context: 'a', choices: ['a', ''], answer: 0 }], 'row 2: choices'],
-    [[{ context: 'a', choices: ['a', 'b'], answer: 2 }], 'row 1: answer must be an integer from 0 to 1; found 2'],
+    [
+      [{ context: 'a', choices: ['a', 'b'], answer: 2 }],
+      'row 1: answer must be an integer from 0 to 1; found 2',
+    ],
     [[{ context: 'a', choices: ['a', 'b'], answer: '0' }], 'row 1: answer'],
     [[null], 'row 1: context'],
     [[{ context: 'word '.repeat(2000), choices: ['a', 'b'], answer: 0 }], 'the model was made for 1024'],
   ])('%j is refused', async (choices, message) => {
-    await expectRejection(evaluate(model, { choices: choices as EvaluateOptions['choices'] }), 'INVALID_ARGUMENT', message);
+    await expectRejection(
+      evaluate(model, { choices: choices as EvaluateOptions['choices'] }),
+      'INVALID_ARGUMENT',
+      message,
+    );
   });
 });
 
@@ -221,7 +249,11 @@ describe('options', () => {
   });
 
   test('a reference must fit', async () => {
-    await expectRejection(evaluate(model, { choices: [], reference: model }), 'INVALID_ARGUMENT', 'reference needs a text');
+    await expectRejection(
+      evaluate(model, { choices: [], reference: model }),
+      'INVALID_ARGUMENT',
+      'reference needs a text',
+    );
   });
 
   test('progress grows to 1', async () => {
@@ -252,7 +284,12 @@ describe('options', () => {
 describeWith('goldens/qwen2_moe', 'a reference of another shape', () => {
   test('is refused', async () => {
     using other = await MoeModel.load(join(shared, 'goldens/qwen2_moe'));
-    await expectRejection(evaluate(model, { perplexity: text, reference: other }), 'INVALID_ARGUMENT', 'reference', 'qwen2_moe');
+    await expectRejection(
+      evaluate(model, { perplexity: text, reference: other }),
+      'INVALID_ARGUMENT',
+      'reference',
+      'qwen2_moe',
+    );
   });
 });
 

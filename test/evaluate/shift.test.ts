@@ -2,7 +2,12 @@
 import { countShift, ShiftMeter } from '../../lib/evaluate/shift';
 
 test('compares sets, not their order', () => {
-  expect(countShift(Int32Array.of(1, 2, 3, 4), Int32Array.of(4, 3, 2, 1), 4)).toEqual({ tokens: 1, any: 0, half: 0, all: 0 });
+  expect(countShift(Int32Array.of(1, 2, 3, 4), Int32Array.of(4, 3, 2, 1), 4)).toEqual({
+    tokens: 1,
+    any: 0,
+    half: 0,
+    all: 0,
+  });
 });
 
 test.each([

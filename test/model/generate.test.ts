@@ -91,9 +91,17 @@ test('sampled tokens have the frequencies of the softmax', async () => {
 describe('stop texts', () => {
   test('end the text before them, also across pieces', async () => {
     const { text } = await generate({ maxNewTokens: 24, ignoreEos: true });
-    for (const [from, length] of [[3, 4], [6, 1], [8, 9]] as const) {
+    for (const [from, length] of [
+      [3, 4],
+      [6, 1],
+      [8, 9],
+    ] as const) {
       const stop = text.slice(from, from + length);
-      const stopped = await generate({ maxNewTokens: 24, ignoreEos: true, stop: ['never in the text \u0000', stop] });
+      const stopped = await generate({
+        maxNewTokens: 24,
+        ignoreEos: true,
+        stop: ['never in the text \u0000', stop],
+      });
       expect(stopped.text).toBe(text.slice(0, text.indexOf(stop)));
       expect(stopped.reason).toBe('stop');
     }
@@ -102,7 +110,10 @@ describe('stop texts', () => {
   test('that begin and do not come hold nothing back in the end', async () => {
     const { text } = await generate({ maxNewTokens: 8, ignoreEos: true });
     const stop = `${text.slice(-2)}\u0000`;
-    expect(await generate({ maxNewTokens: 8, ignoreEos: true, stop })).toMatchObject({ text, reason: 'length' });
+    expect(await generate({ maxNewTokens: 8, ignoreEos: true, stop })).toMatchObject({
+      text,
+      reason: 'length',
+    });
   });
 });
 

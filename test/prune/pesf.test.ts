@@ -8,7 +8,8 @@ import { keepsExpert, PesfPolicy, pruneExperts, pruneReport, type PruneMode } fr
 import { expectError, scratch } from '../checkpoint/helpers';
 
 const bundled = join(__dirname, '../../models/trio-moe-9m');
-const text = 'In the beginning the army marched along the river, and the ships followed it to the sea. '.repeat(8);
+const text =
+  'In the beginning the army marched along the river, and the ships followed it to the sea. '.repeat(8);
 
 describe('Eq. 6', () => {
   test('is strict: an expert that reaches the threshold stays', () => {
@@ -21,13 +22,28 @@ describe('Eq. 6', () => {
   });
 
   test('agrees with the formula in exact arithmetic for every alpha of two decimals', () => {
-    for (const [tokens, topK, experts] of [[100, 1, 1], [512, 4, 60], [300, 6, 64], [17, 2, 8], [2048, 8, 128]] as const) {
+    for (const [tokens, topK, experts] of [
+      [100, 1, 1],
+      [512, 4, 60],
+      [300, 6, 64],
+      [17, 2, 8],
+      [2048, 8, 128],
+    ] as const) {
       for (let hundredths = 1; hundredths <= 100; hundredths++) {
         const threshold = (tokens * topK * hundredths) / (100 * experts);
-        for (const count of [Math.floor(threshold) - 1, Math.floor(threshold), Math.ceil(threshold), Math.ceil(threshold) + 1]) {
+        for (const count of [
+          Math.floor(threshold) - 1,
+          Math.floor(threshold),
+          Math.ceil(threshold),
+          Math.ceil(threshold) + 1,
+        ]) {
           if (count < 0) continue;
           const pruned = count * experts * 100 < tokens * topK * hundredths; // integers: exact
-          expect([count, hundredths, keepsExpert(count, tokens, topK, experts, hundredths / 100)]).toEqual([count, hundredths, !pruned]);
+          expect([count, hundredths, keepsExpert(count, tokens, topK, experts, hundredths / 100)]).toEqual([
+            count,
+            hundredths,
+            !pruned,
+          ]);
         }
       }
     }
@@ -61,7 +77,12 @@ describe('Eq. 6', () => {
   });
 
   test('other options out of range are refused by name', () => {
-    expectError(() => new PesfPolicy({ alpha: 0.3, mode: 'mask' as PruneMode }), 'INVALID_ARGUMENT', 'mode', "'mask'");
+    expectError(
+      () => new PesfPolicy({ alpha: 0.3, mode: 'mask' as PruneMode }),
+      'INVALID_ARGUMENT',
+      'mode',
+      "'mask'",
+    );
     expectError(() => new PesfPolicy({ alpha: 0.3, minTokens: 0 }), 'INVALID_ARGUMENT', 'minTokens');
   });
 });
@@ -93,7 +114,9 @@ describe('a pruned model', () => {
     const gone = rare(before.indices, before.experts, 0.7);
     expect(gone.size).toBeGreaterThan(0);
     expect([...after.indices]).toEqual([...before.indices].map((e) => (gone.has(e) ? -1 : e)));
-    expect([...after.weights]).toEqual([...before.weights].map((w, i) => (gone.has(before.indices[i]!) ? 0 : w)));
+    expect([...after.weights]).toEqual(
+      [...before.weights].map((w, i) => (gone.has(before.indices[i]!) ? 0 : w)),
+    );
     const pairs = [...after.indices].filter((e) => e < 0).length / after.indices.length;
     const [layer] = pruneReport(pruned).layers;
     expect(layer).toEqual({ layer: 0, sequences: 1, experts: gone.size / after.experts, pairs });
@@ -110,7 +133,10 @@ describe('a pruned model', () => {
     const file = join(copy, 'model.safetensors');
     const bytes = readFileSync(file);
     const dataBegin = 8 + Number(bytes.readBigUInt64LE(0));
-    const header = JSON.parse(bytes.toString('utf8', 8, dataBegin)) as Record<string, { data_offsets: [number, number] }>;
+    const header = JSON.parse(bytes.toString('utf8', 8, dataBegin)) as Record<
+      string,
+      { data_offsets: [number, number] }
+    >;
     let zeroed = 0;
     for (const { layer, experts, logits: raw, topK, indices } of routing!) {
       const kept = new Set(indices);
@@ -128,7 +154,8 @@ describe('a pruned model', () => {
     using other = await MoeModel.load(copy);
     const expected = await other.forward(ids);
     let difference = 0;
-    for (let i = 0; i < logits.length; i++) difference = Math.max(difference, Math.abs(logits[i]! - expected.logits[i]!));
+    for (let i = 0; i < logits.length; i++)
+      difference = Math.max(difference, Math.abs(logits[i]! - expected.logits[i]!));
     expect(difference).toBeLessThan(1e-4);
   });
 
@@ -136,7 +163,8 @@ describe('a pruned model', () => {
     const full = (await model.forward(ids, { routing: true, logits: 'none' })).routing![0]!;
     using scaled = pruneExperts(model, { alpha: 0.7, mode: 'renormalize' });
     const renormalized = (await scaled.forward(ids, { routing: true, logits: 'none' })).routing![0]!;
-    const sum = (weights: Float32Array, t: number) => weights.subarray(t * 4, t * 4 + 4).reduce((a, b) => a + b, 0);
+    const sum = (weights: Float32Array, t: number) =>
+      weights.subarray(t * 4, t * 4 + 4).reduce((a, b) => a + b, 0);
     for (let t = 0; t < ids.length; t++) {
       if (renormalized.indices.subarray(t * 4, t * 4 + 4).every((e) => e < 0)) continue;
       expect(sum(renormalized.weights, t)).toBeCloseTo(sum(full.weights, t), 5);
@@ -174,7 +202,7 @@ describe('a pruned model', () => {
     expectError(() => pruneReport(model), 'INVALID_ARGUMENT', 'pruneExperts');
   });
 
-  test('a policy of one\'s own prunes what it says', async () => {
+  test("a policy of one's own prunes what it says", async () => {
     const policy: ExpertPolicy = {
       mode: 'drop',
       select: ({ layer }, keep) => {

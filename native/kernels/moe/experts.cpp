@@ -21,8 +21,11 @@ struct Tile {
 
 void sort_pairs(const int32_t* indices, int64_t slots, size_t experts, ExpertsScratch& s) {
   s.offsets.assign(experts + 1, 0);
-  for (int64_t i = 0; i < slots; i++)
-    if (indices[i] >= 0) s.offsets[size_t(indices[i]) + 1]++;
+  for (int64_t i = 0; i < slots; i++) {
+    if (indices[i] < 0) continue;
+    require(size_t(indices[i]) < experts, "a token chose an expert that does not exist");
+    s.offsets[size_t(indices[i]) + 1]++;
+  }
   for (size_t e = 0; e < experts; e++) s.offsets[e + 1] += s.offsets[e];
   s.slot_of_pair.resize(size_t(s.offsets[experts]));
   s.pair_of_slot.assign(size_t(slots), -1);
