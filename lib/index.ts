@@ -13,8 +13,9 @@ export {
 } from './model/model';
 export type { GenerateOptions, GenerateResult } from './model/generate';
 export type { ExpertPolicy, ExpertSelection } from './model/policy';
-export type { ChatMessage, Tokenizer } from './model/tokenizer';
+export type { ChatMessage, DecodeOptions, EncodeOptions, Tokenizer, TokenStream } from './model/tokenizer';
 export { quantizeMoE } from './quantize';
+export { calibrationSequences, type CalibrationRequest } from './quantize/calibration';
 export { inspectModel, type InspectOptions, type ModelInfo, type ModelSize } from './quantize/inspect';
 export type {
   CalibrationSource,
@@ -23,8 +24,11 @@ export type {
   QuantizeOptions,
   QuantizeReport,
   RouterCalibrationSettings,
+  Stage,
 } from './quantize/options';
-export type { BitsOption, PlannedModule, SharedBits } from './quantize/plan';
+export type { Projection } from './architecture/tensors';
+export type * from './architecture/types';
+export type { BitsOption, PlannedModule, PlanOptions, SharedBits } from './quantize/plan';
 export {
   pruneExperts,
   pruneReport,

@@ -1,10 +1,21 @@
 /** Text generation: prefill, then one token a step through the key-value cache. */
 import type { KvCache } from '../../types/native';
+import type { Architecture } from '../architecture/types';
 import { EacMoeError } from '../errors';
 import { withSignal } from '../native';
-import type { MoeModel } from './model';
+import type { Decoder } from './decoder';
+import type { ExpertPolicy } from './policy';
 import { seededRandom } from './random';
-import type { ChatMessage } from './tokenizer';
+import type { ChatMessage, Tokenizer } from './tokenizer';
+
+/** What generation needs of a model. */
+export interface TextModel {
+  readonly architecture: Architecture;
+  readonly tokenizer: Tokenizer;
+  readonly decoder: Decoder;
+  readonly policy: ExpertPolicy | undefined;
+  createCache(): KvCache;
+}
 
 export interface GenerateOptions {
   /** Most tokens to generate; default 256. */
@@ -41,7 +52,7 @@ export interface GenerateResult {
 type Checked = Required<Omit<GenerateOptions, 'signal' | 'stop'>> & { stop: string[]; signal?: AbortSignal };
 
 export async function* generate(
-  model: MoeModel,
+  model: TextModel,
   prompt: string | ArrayLike<number> | ChatMessage[],
   options: GenerateOptions,
 ): AsyncGenerator<string, GenerateResult, void> {
@@ -90,7 +101,7 @@ export async function* generate(
 }
 
 /** Feeds tokens to the model and samples the next one. */
-function stepper(model: MoeModel, cache: KvCache, o: Checked): (ids: number[]) => Promise<number> {
+function stepper(model: TextModel, cache: KvCache, o: Checked): (ids: number[]) => Promise<number> {
   const random = seededRandom(o.seed);
   const { temperature, topK, topP } = o;
   return async (ids) =>
@@ -109,7 +120,7 @@ async function prefill(next: (ids: number[]) => Promise<number>, ids: number[], 
 }
 
 async function encodePrompt(
-  model: MoeModel,
+  model: TextModel,
   prompt: string | ArrayLike<number> | ChatMessage[],
   o: Checked,
 ): Promise<number[]> {

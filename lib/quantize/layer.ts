@@ -66,9 +66,11 @@ export async function advanceLayer(job: LayerJob, streams: Streams, quantized: W
 
 /** Round to nearest: no data, no streams. */
 export async function roundLayer(job: LayerJob): Promise<LayerResult> {
-  const { index, spec: layer, source, recipe, control } = job;
+  const { index, source, recipe, control, onProgress } = job;
   const matrices = new Map<string, Matrix>();
-  for (const spec of layerMatrices(layer)) {
+  const specs = layerMatrices(job.spec);
+  for (const [i, spec] of specs.entries()) {
+    if (i % 16 === 0) onProgress(i / specs.length, 'rounding');
     const q = recipe.plan.get(spec.weight);
     if (q) matrices.set(spec.weight, await roundToNearest(sourceTensor(source, spec), q, recipe, control));
   }
@@ -150,6 +152,7 @@ class LayerQuantizer {
       await statistics.add(a.tensor(quantized.stages.registers.context), b.tensor(stages.registers.context));
     }
     quantized.dispose();
+    this.#full.release();
     await this.#quantizeTogether([o], 'attention', statistics);
     quantized = this.#runner();
     for (const batch of this.#streams.batches) {
@@ -161,6 +164,7 @@ class LayerQuantizer {
   async #mixture(moe: MoeSpec): Promise<LayerReport['router']> {
     const { recipe, onProgress, control } = this.#job;
     const full = await routingOf(this.#full, this.#streams.xFull, moe, this.#streams.batches, control);
+    this.#full.release();
     const outcome = await calibrateRouter({
       moe,
       recipe,
@@ -257,6 +261,7 @@ class LayerQuantizer {
       for (const batch of this.#streams.batches) {
         await runner.run(batch, bindings, runner.stages.feedForward, runner.stages.feedForward, this.#job.control);
       }
+      runner.release();
     }
     q.dispose();
   }

@@ -214,13 +214,13 @@ async function savedLayers(dir: string, job: Job, resume: boolean): Promise<Save
   return [];
 }
 
-/** The first thing in which two jobs differ, or null. */
+/** The first thing in which two jobs differ, or null. Options come before the calibration sequences, which depend on some of them. */
 function difference(a: Job, b: Job): string | null {
-  for (const key of ['version', 'source', 'calibration'] as const) if (a[key] !== b[key]) return key;
+  for (const key of ['version', 'source'] as const) if (a[key] !== b[key]) return key;
   for (const key of new Set([...Object.keys(a.recipe), ...Object.keys(b.recipe)])) {
     if (JSON.stringify(a.recipe[key]) !== JSON.stringify(b.recipe[key])) return key === 'plan' ? 'plan of bits' : key;
   }
-  return null;
+  return a.calibration === b.calibration ? null : 'calibration';
 }
 
 async function makeDirectory(dir: string): Promise<void> {

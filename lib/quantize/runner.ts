@@ -30,7 +30,7 @@ export type Bindings = [Register, Tensor][];
 export class LayerRunner {
   readonly stages: LayerStages;
   readonly #program: Program;
-  readonly #frame: Frame;
+  #frame: Frame;
 
   constructor(spec: LayerSpec, weights: WeightSource) {
     const b = new ProgramBuilder();
@@ -57,6 +57,12 @@ export class LayerRunner {
     // The next run may bind others, and have more rows.
     for (const [register] of bindings) this.#frame.bind(register, null);
     return this.#frame;
+  }
+
+  /** Frees the registers' memory until the next run. */
+  release(): void {
+    this.#frame.dispose();
+    this.#frame = native().createFrame(this.#program);
   }
 
   dispose(): void {

@@ -9,37 +9,13 @@
 #include <vector>
 
 #include "core/thread_pool.h"
+#include "harness.h"
 #include "kernels/router/calibrate.h"
 
 using namespace eac;
+using namespace eac::test;
 
 namespace {
-
-int failures = 0;
-
-void check(bool ok, const std::string& what) {
-  if (ok) return;
-  failures++;
-  std::printf("FAILED %s\n", what.c_str());
-}
-
-void run(const char* name, const std::function<void()>& test) {
-  const int before = failures;
-  try {
-    test();
-  } catch (const std::exception& e) {
-    check(false, std::string(name) + " threw: " + e.what());
-  }
-  if (failures == before) std::printf("ok %s\n", name);
-}
-
-Tensor random_matrix(int64_t rows, int64_t cols, unsigned seed, float scale = 1) {
-  std::mt19937 gen(seed);
-  std::normal_distribution<float> normal(0, scale);
-  Tensor t = Tensor::zeros(DType::f32, {rows, cols});
-  for (int64_t i = 0; i < t.size(); i++) t.f32()[i] = normal(gen);
-  return t;
-}
 
 struct Streams {
   Tensor w, x, targets;

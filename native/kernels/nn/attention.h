@@ -23,7 +23,7 @@ void rope(float* x, int64_t width, const std::vector<Sequence>& sequences, const
 // SHAPES      q, out (n × heads*head_dim); k, v (n × kv_heads*head_dim); heads a multiple of kv_heads
 // DEFINITION  k and v are appended to the sequence's cache at `layer` (not yet counted in its length); token at position p then attends
 //             to positions max(0, p - window + 1) .. p (window 0: from 0):  out = softmax(scale q.k) v
-// REGULARITY  A token's result does not depend on how its sequence was cut into batches of more than four rows.
+// REGULARITY  A token's result does not depend on how its sequence was cut into batches, but for rounding in the last bits.
 struct Attention {
   int64_t layer = 0, heads = 0, kv_heads = 0, head_dim = 0, window = 0;
   float scale = 1;

@@ -1,0 +1,191 @@
+// Choosing experts, pruning them, and the sparse-expert dispatch, against plain loops.
+#include <algorithm>
+#include <cstring>
+
+#include "core/thread_pool.h"
+#include "harness.h"
+#include "kernels/matmul/gemm.h"
+#include "kernels/moe/experts.h"
+#include "kernels/quant/quantize.h"
+#include "kernels/router/select.h"
+
+using namespace eac;
+using namespace eac::test;
+
+namespace {
+
+std::vector<Sequence> sequences_of(std::vector<int64_t> lengths) {
+  std::vector<Sequence> s;
+  int64_t begin = 0;
+  for (int64_t n : lengths) {
+    Sequence one;
+    one.begin = begin, one.length = n;
+    s.push_back(one);
+    begin += n;
+  }
+  return s;
+}
+
+struct Selection {
+  std::vector<float> weights;
+  std::vector<int32_t> indices;
+};
+Selection select(const Tensor& logits, const RouterSpec& r) {
+  Selection s{std::vector<float>(size_t(logits.rows() * r.top_k)), std::vector<int32_t>(size_t(logits.rows() * r.top_k))};
+  select_experts(logits.f32(), logits.rows(), r, s.weights.data(), s.indices.data());
+  return s;
+}
+
+void softmax_selection() {
+  for (const bool renormalize : {false, true})
+    for (const auto& [experts, top_k] : {std::pair<int64_t, int64_t>{1, 1}, {8, 2}, {60, 4}, {128, 8}, {16, 16}}) {
+      const RouterSpec r{Scoring::softmax, experts, top_k, renormalize, 1.5f, 0};
+      const Tensor logits = random_matrix(67, experts, unsigned(experts), 3);
+      const Selection s = select(logits, r);
+      for (int64_t t = 0; t < 67; t++) {
+        const float* row = logits.f32() + t * experts;
+        std::vector<int32_t> order(static_cast<size_t>(experts));
+        for (int64_t e = 0; e < experts; e++) order[size_t(e)] = int32_t(e);
+        std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return row[a] > row[b]; });
+        double all = 0, chosen = 0;
+        for (int64_t e = 0; e < experts; e++) all += std::exp(double(row[e]));
+        for (int64_t k = 0; k < top_k; k++) chosen += std::exp(double(row[order[size_t(k)]]));
+        for (int64_t k = 0; k < top_k; k++) {
+          const size_t i = size_t(t * top_k + k);
+          const double want = 1.5 * std::exp(double(row[order[size_t(k)]])) / (renormalize ? chosen : all);
+          check(s.indices[i] == order[size_t(k)], "chosen expert");
+          check(std::fabs(s.weights[i] - want) < 1e-5, "weight of a chosen expert");
+        }
+      }
+    }
+}
+
+void ties_go_to_the_smaller_index() {
+  const Tensor logits = Tensor::zeros(DType::f32, {1, 6});
+  const Selection s = select(logits, {Scoring::softmax, 6, 3, false, 1, 0});
+  check(s.indices == std::vector<int32_t>({0, 1, 2}), "ties");
+}
+
+void sparse_mixer_selection() {
+  // Worked by hand from arXiv 2409.12136: jitter 0.1, so experts within 20 % of the larger of |s| and the maximum compete.
+  Tensor logits = Tensor::zeros(DType::f32, {1, 4});
+  const float row[] = {2.0f, 1.9f, 1.0f, -3.0f};
+  std::memcpy(logits.data, row, sizeof row);
+  const Selection s = select(logits, {Scoring::sparse_mixer, 4, 2, false, 1, 0.1f});
+  check(s.indices == std::vector<int32_t>({0, 1}), "sparse mixer chooses the two largest");
+  check(std::fabs(s.weights[0] - 1 / (1 + std::exp(-0.1))) < 1e-6, "first weight: softmax over 2.0 and 1.9");
+  check(std::fabs(s.weights[1] - 1) < 1e-6, "second weight: 1.0 is more than 20 % below 1.9, nothing competes");
+}
+
+void counting_and_masks() {
+  const RouterSpec r{Scoring::softmax, 12, 3, false, 1, 0};
+  const Tensor logits = random_matrix(50, 12, 3, 2);
+  const auto sequences = sequences_of({20, 30});
+  const Selection s = select(logits, r);
+  std::vector<int32_t> counts(24);
+  count_selections(s.indices.data(), sequences, r, counts.data());
+  for (int64_t q = 0; q < 2; q++) {
+    int64_t sum = 0;
+    for (int64_t e = 0; e < 12; e++) {
+      const auto begin = s.indices.begin() + sequences[size_t(q)].begin * 3;
+      check(counts[size_t(q * 12 + e)] == std::count(begin, begin + sequences[size_t(q)].length * 3, int32_t(e)), "count");
+      sum += counts[size_t(q * 12 + e)];
+    }
+    check(sum == sequences[size_t(q)].length * 3, "counts add up");
+  }
+
+  std::vector<uint8_t> keep(24, 1);
+  for (size_t e : {1u, 4u, 5u, 14u, 20u}) keep[e] = 0;
+  for (PruneMode mode : {PruneMode::drop, PruneMode::renormalize, PruneMode::reselect}) {
+    Selection m = s;
+    apply_expert_mask(logits.f32(), keep.data(), mode, sequences, r, m.weights.data(), m.indices.data());
+    for (int64_t t = 0; t < 50; t++) {
+      const uint8_t* k = keep.data() + (t < 20 ? 0 : 12);
+      float before = 0, after = 0;
+      int survivors = 0;
+      for (int64_t i = t * 3; i < t * 3 + 3; i++) {
+        const size_t j = size_t(i);
+        check(m.indices[j] < 0 ? m.weights[j] == 0 : k[m.indices[j]] == 1, "a pruned expert is gone");
+        before += s.weights[j], after += m.weights[j], survivors += m.indices[j] >= 0;
+        if (mode == PruneMode::drop) check(k[s.indices[j]] ? m.indices[j] == s.indices[j] && m.weights[j] == s.weights[j] : m.indices[j] == -1, "drop keeps the others as they are");
+      }
+      if (mode == PruneMode::reselect) check(survivors == 3, "reselect fills all slots");
+      if (mode == PruneMode::renormalize && survivors > 0) check(std::fabs(after - before) < 1e-6f, "renormalize keeps the sum");
+    }
+  }
+}
+
+Experts random_experts(int64_t count, int64_t d, int64_t f, int bits, Activation activation) {
+  Experts e;
+  e.activation = activation;
+  const auto make = [&](int64_t rows, int64_t cols, unsigned seed) -> Matrix {
+    Tensor w = random_matrix(rows, cols, seed, 0.1f);
+    if (bits == 0) return w;
+    return quantize_rtn(w, {bits, 64, false, false}, nullptr);
+  };
+  for (int64_t i = 0; i < count; i++) {
+    e.gate.push_back(make(f, d, unsigned(3 * i)));
+    e.up.push_back(make(f, d, unsigned(3 * i + 1)));
+    e.down.push_back(make(d, f, unsigned(3 * i + 2)));
+  }
+  return e;
+}
+
+// One hot expert and many cold ones, an expert that nobody chose, slots that were pruned.
+void dispatch_matches_reference() {
+  for (const int bits : {0, 2, 3, 4})
+    for (const Activation activation : {Activation::silu, Activation::gelu, Activation::gelu_tanh, Activation::relu})
+      for (const int64_t n : {1, 3, 33, 300}) {
+        const int64_t d = 96, f = 160, k = 3, experts = 7;
+        const Experts e = random_experts(experts, d, f, bits, activation);
+        const Tensor x = random_matrix(n, d, 5), w = random_matrix(n, k, 6);
+        std::vector<int32_t> indices(size_t(n * k));
+        for (int64_t i = 0; i < n * k; i++) indices[size_t(i)] = i % k == 0 ? 2 : i % 11 == 0 ? -1 : int32_t(i % 6);
+        std::vector<float> got(size_t(n * d), 1), want(size_t(n * d), 1);
+        ExpertsScratch scratch;
+        for (const float beta : {0.f, 1.f}) {
+          run_experts(x.f32(), n, d, w.f32(), indices.data(), k, e, beta, got.data(), scratch);
+          run_experts_reference(x.f32(), n, d, w.f32(), indices.data(), k, e, beta, want.data());
+          check_close(got, {want.begin(), want.end()}, 2e-4, "experts, " + std::to_string(bits) + " bit, " + std::to_string(n) + " tokens");
+        }
+      }
+}
+
+void dispatch_does_not_depend_on_threads() {
+  const int64_t n = 130, d = 64, f = 96, k = 2;
+  const Experts e = random_experts(8, d, f, 3, Activation::silu);
+  const Tensor x = random_matrix(n, d, 1), w = random_matrix(n, k, 2);
+  std::vector<int32_t> indices(size_t(n * k));
+  for (size_t i = 0; i < indices.size(); i++) indices[i] = int32_t((i * i) % 8);
+  std::vector<float> first;
+  for (int threads : {1, 2, 5}) {
+    set_thread_count(threads);
+    std::vector<float> out(size_t(n * d));
+    ExpertsScratch scratch;
+    run_experts(x.f32(), n, d, w.f32(), indices.data(), k, e, 0, out.data(), scratch);
+    if (first.empty()) first = out;
+    check(std::memcmp(first.data(), out.data(), out.size() * sizeof(float)) == 0, "bits by thread count");
+  }
+}
+
+void unknown_experts_are_refused() {
+  const Experts e = random_experts(2, 32, 32, 0, Activation::silu);
+  const Tensor x = random_matrix(1, 32, 1), w = random_matrix(1, 1, 2);
+  const int32_t index = 2;
+  std::vector<float> out(32);
+  ExpertsScratch scratch;
+  check(error_code([&] { run_experts(x.f32(), 1, 32, w.f32(), &index, 1, e, 0, out.data(), scratch); }) == "INVALID_ARGUMENT", "expert 2 of 2");
+}
+
+}  // namespace
+
+int main() {
+  run("softmax top-k matches a sort", softmax_selection);
+  run("ties go to the smaller index", ties_go_to_the_smaller_index);
+  run("the sparse mixer matches a worked example", sparse_mixer_selection);
+  run("counts and masks, per sequence", counting_and_masks);
+  run("dispatch matches its oracle", dispatch_matches_reference);
+  run("the number of threads changes nothing", dispatch_does_not_depend_on_threads);
+  run("an expert that does not exist is refused", unknown_experts_are_refused);
+  return failures ? 1 : 0;
+}
