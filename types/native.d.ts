@@ -121,7 +121,7 @@ export type Op =
   | { op: 'embed'; out: Register; table: Tensor; scale: number }
   | { op: 'rmsNorm'; x: Register; out: Register; weight: Tensor; eps: number }
   | { op: 'layerNorm'; x: Register; out: Register; weight: Tensor; bias: Tensor; eps: number }
-  /** out = x W^T + bias, or out += that when `add`; `scale` multiplies the product. */
+  /** out = x W^T + bias, or out += that when `add`. */
   | { op: 'linear'; x: Register; out: Register; weight: Matrix; bias?: Tensor; add?: boolean }
   /** In place, on heads of `headDim`; the first 2 * frequencies.length channels of a head turn, paired half by half or interleaved. */
   | {
@@ -244,8 +244,8 @@ export interface NativeBinding {
   cast(tensor: Tensor, dtype: DType): Promise<Tensor>;
   /** Copies rows `indices` of x (f32) into `out` (f32 [indices.length, cols]). */
   gatherRows(x: Tensor, indices: Int32Array, out: Tensor): Promise<void>;
-  /** Index of the first element that is NaN or infinite, or -1. */
-  findNonFinite(tensor: Tensor, control?: Control): Promise<number>;
+  /** One pass over a float tensor: the index of the first element that is NaN or infinite, or -1, and a 64-bit hash of the contents. */
+  scanTensor(tensor: Tensor, control?: Control): Promise<{ nonFinite: number; hash: string }>;
 
   quantizeRtn(
     w: Tensor,

@@ -1,7 +1,9 @@
 /** QESC: compresses a Mixture-of-Experts checkpoint layer by layer (EAC-MoE section 4). */
+import { join } from 'node:path';
 import type { Control } from '../../types/native';
 import { describe, type Architecture, type LinearSpec } from '../architecture';
 import { checkTensors, layerTensors, requiredTensors } from '../architecture/tensors';
+import { sha256 } from '../checkpoint/files';
 import { quantizationOf, readMatrix } from '../checkpoint/quantized';
 import { openSafetensors } from '../checkpoint/safetensors';
 import { Checkpoint } from '../checkpoint/source';
@@ -18,7 +20,6 @@ import { calibrationHash, QuantizedOutput } from './output';
 import { estimateSize } from './plan';
 import { makeRecipe, needsCalibration, recipeJson, type Recipe } from './recipe';
 import { makeBatches } from './runner';
-import { join } from 'node:path';
 
 /**
  * Compresses the model in directory `source` (Hugging Face layout, full precision) into `options.output`, and loads the result.
@@ -86,8 +87,9 @@ class Quantizer {
     const { architecture, recipe, options } = this;
     const given = await this.#givenCalibration();
     const size = estimateSize(architecture, recipe.plan);
-    await this.#checkFinite();
+    const fingerprint = await this.#checkWeights();
     const output = await QuantizedOutput.open(options.output, this.checkpoint, architecture, recipe, {
+      fingerprint,
       calibration: !needsCalibration(recipe) ? 'none' : given ? calibrationHash(given) : 'self',
       resume: options.resume ?? true,
       bytes: size.bytes,
@@ -148,19 +150,28 @@ class Quantizer {
     }
   }
 
-  /** A NaN in hour three is worse than half a minute now. */
-  async #checkFinite(): Promise<void> {
+  /**
+   * Reads all weights once: a NaN in hour three is worse than half a minute now, and a hash of the contents keeps a killed run from
+   * being continued with other weights. Returns the source's fingerprint.
+   */
+  async #checkWeights(): Promise<string> {
     const tensors = requiredTensors(this.architecture);
+    const hashes = [this.checkpoint.fingerprint()];
     for (const [i, { name }] of tensors.entries()) {
-      const at = await native().findNonFinite(this.checkpoint.tensor(name), this.control);
+      const { nonFinite, hash } = await native().scanTensor(this.checkpoint.tensor(name), this.control);
       this.checkpoint.release([name]);
-      if (at >= 0) {
+      if (nonFinite >= 0) {
         const { file, shape } = this.checkpoint.info(name);
-        const index = shape.length === 2 ? `[${Math.floor(at / shape[1]!)}, ${at % shape[1]!}]` : `[${at}]`;
-        throw new EacMoeError('NON_FINITE', `${file}: tensor '${name}' holds NaN or infinity at ${index}; the checkpoint is damaged`);
+        const index = shape.length === 2 ? [Math.floor(nonFinite / shape[1]!), nonFinite % shape[1]!] : [nonFinite];
+        throw new EacMoeError(
+          'NON_FINITE',
+          `${file}: tensor '${name}' holds NaN or infinity at [${index.join(', ')}]; the checkpoint is damaged`,
+        );
       }
+      hashes.push(hash);
       if (i % 64 === 0) this.#progress('check', (CHECK * i) / tensors.length, 'checking weights');
     }
+    return sha256(hashes);
   }
 
   /** Both streams start with the embeddings. */

@@ -13,7 +13,10 @@ export type CalibrationSource =
 export interface RouterCalibrationSettings {
   /** `topk-mse` (Eq. 5): only the K largest full-precision logits of each token count; `mse`: all do. */
   loss?: 'topk-mse' | 'mse';
-  /** K. Default: twice the router's top-k, at most all experts, at least the paper's choice for its four models (see `defaultWindow`). */
+  /**
+   * K. Default: a quarter of the experts plus four, rounded up to even, at least 8 and twice the router's top-k, at most all experts; these
+   * are the paper's choices for its four models.
+   */
   k?: number;
   /** Pull towards the original router, relative to the mean energy of the inputs; default 1e-3. */
   ridge?: number;
@@ -44,7 +47,7 @@ export interface QuantizeOptions {
   groupSize?: number;
   /** Fixed zero point; default false, as in the paper. */
   symmetric?: boolean;
-  /** `gptq` (default), or `rtn`: round to nearest, which needs no calibration. */
+  /** `gptq` (default), or `rtn`: round to nearest, which with `router: false` needs no calibration. */
   method?: 'gptq' | 'rtn';
   /** Default `self`. */
   calibration?: CalibrationSource;

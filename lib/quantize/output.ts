@@ -30,7 +30,7 @@ const INDEX = 'model.safetensors.index.json';
 /** Everything that the result depends on. */
 interface Job {
   version: string;
-  /** Fingerprint of the source. */
+  /** Fingerprint of the source's files and weights. */
   source: string;
   recipe: Record<string, unknown>;
   /** Hash of the calibration sequences, or 'self', whose sequences follow from the recipe's seed. */
@@ -67,12 +67,12 @@ export class QuantizedOutput {
     source: Checkpoint,
     architecture: Architecture,
     recipe: Recipe,
-    options: { calibration: string; resume: boolean; bytes: number },
+    options: { fingerprint: string; calibration: string; resume: boolean; bytes: number },
   ): Promise<QuantizedOutput> {
     const dir = resolve(path);
     const job: Job = {
       version,
-      source: source.fingerprint(),
+      source: options.fingerprint,
       recipe: JSON.parse(JSON.stringify(recipeJson(recipe))) as Record<string, unknown>,
       calibration: options.calibration,
     };

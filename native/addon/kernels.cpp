@@ -5,6 +5,7 @@
 #include "kernels/router/calibrate.h"
 
 #include <cmath>
+#include <cstdio>
 #include <numeric>
 
 namespace eac::addon {
@@ -73,28 +74,65 @@ Napi::Value gather_rows(Info info) {
   }, undefined_value);
 }
 
-Napi::Value find_non_finite(Info info) {
+struct Scan {
+  int64_t non_finite;
+  uint64_t hash;
+};
+
+// First NaN or infinity of elements [begin, end), or -1: an exponent of all ones, one integer test an element in whatever width.
+int64_t first_non_finite(const Tensor& t, int64_t begin, int64_t end) {
+  bool bad = false;
+  if (t.dtype == DType::f32) {
+    for (int64_t i = begin; i < end; i++) bad |= (t.as<uint32_t>()[i] & 0x7f800000u) == 0x7f800000u;
+  } else {
+    const uint16_t mask = t.dtype == DType::f16 ? 0x7c00 : 0x7f80;
+    for (int64_t i = begin; i < end; i++) bad |= (t.as<uint16_t>()[i] & mask) == mask;
+  }
+  for (int64_t i = begin; bad && i < end; i++)
+    if (!std::isfinite(element(t, i))) return i;
+  return -1;
+}
+
+// 64-bit hash of bytes: multiply and fold, 8 bytes a step (as in wyhash). Tells files apart; no defence against forgery.
+uint64_t hash_bytes(const uint8_t* p, size_t n, uint64_t h) {
+  const auto mix = [](uint64_t a, uint64_t b) {
+    const unsigned __int128 m = static_cast<unsigned __int128>(a) * b;
+    return uint64_t(m) ^ uint64_t(m >> 64);
+  };
+  for (; n > 0;) {
+    uint64_t word = 0;
+    const size_t step = n < 8 ? n : 8;
+    std::memcpy(&word, p, step);
+    h = mix(h ^ word ^ 0xa0761d6478bd642full, 0xe7037ed1a0b428dbull + step);
+    p += step, n -= step;
+  }
+  return h;
+}
+
+Napi::Value scan_tensor(Info info) {
   const auto t = float_matrix_from(info[0], "tensor");
-  return Job<double>::start(info.Env(), info[1], [t]() -> double {
+  return Job<Scan>::start(info.Env(), info[1], [t]() -> Scan {
     const int64_t n = t->size(), block = 1 << 18, blocks = (n + block - 1) / block;
-    std::vector<int64_t> first(static_cast<size_t>(blocks), -1);
+    const size_t size = dtype_size(t->dtype);
+    std::vector<Scan> parts(static_cast<size_t>(blocks));
     parallel_for(blocks, [&](int64_t b) {
-      const int64_t end = std::min(n, (b + 1) * block);
-      // An exponent of all ones is NaN or infinity: one integer test an element, in whatever width.
-      bool bad = false;
-      if (t->dtype == DType::f32) {
-        for (int64_t i = b * block; i < end; i++) bad |= (t->as<uint32_t>()[i] & 0x7f800000u) == 0x7f800000u;
-      } else {
-        const uint16_t mask = t->dtype == DType::f16 ? 0x7c00 : 0x7f80;
-        for (int64_t i = b * block; i < end; i++) bad |= (t->as<uint16_t>()[i] & mask) == mask;
-      }
-      for (int64_t i = b * block; bad && i < end; i++)
-        if (!std::isfinite(element(*t, i))) { first[size_t(b)] = i; break; }
+      const int64_t begin = b * block, end = std::min(n, begin + block);
+      parts[size_t(b)] = {first_non_finite(*t, begin, end), hash_bytes(t->as<uint8_t>() + size_t(begin) * size, size_t(end - begin) * size, uint64_t(n))};
     });
-    for (int64_t i : first)
-      if (i >= 0) return double(i);
-    return -1;
-  }, [](Napi::Env env, double& i) -> Napi::Value { return Napi::Number::New(env, i); });
+    Scan all{-1, uint64_t(n)};
+    for (const Scan& part : parts) {
+      if (all.non_finite < 0) all.non_finite = part.non_finite;
+      all.hash = hash_bytes(reinterpret_cast<const uint8_t*>(&part.hash), sizeof part.hash, all.hash);
+    }
+    return all;
+  }, [](Napi::Env env, Scan& scan) -> Napi::Value {
+    char hex[17];
+    std::snprintf(hex, sizeof hex, "%016llx", static_cast<unsigned long long>(scan.hash));
+    Napi::Object o = Napi::Object::New(env);
+    o["nonFinite"] = double(scan.non_finite);
+    o["hash"] = hex;
+    return o;
+  });
 }
 
 Napi::Value quant_matrix_value(Napi::Env env, QuantMatrix& q) { return QuantMatrixHandle::wrap(env, std::make_shared<QuantMatrix>(std::move(q))); }
@@ -283,7 +321,7 @@ void define_kernels(Napi::Env env, Napi::Object exports) {
   const auto add = [&](const char* name, Napi::Value (*f)(Info)) { exports[name] = Napi::Function::New(env, f, name); };
   add("cast", exported<cast>);
   add("gatherRows", exported<gather_rows>);
-  add("findNonFinite", exported<find_non_finite>);
+  add("scanTensor", exported<scan_tensor>);
   add("quantizeRtn", exported<js_quantize_rtn>);
   add("accumulateHessian", exported<js_accumulate_hessian>);
   add("accumulateCross", exported<js_accumulate_cross>);

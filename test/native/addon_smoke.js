@@ -38,7 +38,7 @@ async function tensors() {
     code: 'INVALID_ARGUMENT',
   });
   out.write(new Float32Array(2 * 96).fill(NaN));
-  assert.equal(await api.findNonFinite(out), 0);
+  assert.equal((await api.scanTensor(out)).nonFinite, 0);
 }
 
 async function files() {
