@@ -27,6 +27,7 @@ export { EacMoeError, type ErrorCode } from './errors';
 export { ProgramBuilder, type Range } from './model/program';
 export type {
   Activation,
+  Control,
   DType,
   Frame,
   GptqTensors,
@@ -60,6 +61,7 @@ export function threads(): number {
   return native().threads();
 }
 
+/** Sets the number of threads of the process-wide pool, 1 to 1024. */
 export function setThreads(count: number): void {
   native().setThreads(count);
 }
@@ -74,6 +76,7 @@ export function zeros(shape: number[], dtype: DType = 'f32'): Tensor {
   return native().zeros(dtype, shape);
 }
 
+/** How weights are grouped and rounded. */
 export interface GroupOptions {
   /** 2, 3 or 4. */
   bits: number;
@@ -119,17 +122,20 @@ export function accumulateCross(d: Tensor, xFull: Tensor, x: Tensor, weights?: F
   return native().accumulateCross(d, xFull, x, weights);
 }
 
+export interface FactorOptions {
+  /** Added to the diagonal, relative to its mean; default 0.01. */
+  damping?: number;
+  /** Quantize channels in the order of falling diagonal; groups stay as stored; default false. */
+  actOrder?: boolean;
+}
+
 /**
  * Factors a Hessian, H⁻¹ = UᵀU, in f64, for `quantizeGptq` on any number of matrices with the same input.
  *
- * @param options.damping added to the diagonal, relative to its mean; default 0.01
- * @param options.actOrder quantize channels in the order of falling diagonal; groups stay as stored; default false
  * @throws EacMoeError NOT_POSITIVE_DEFINITE
  */
-export function factorHessian(
-  h: Tensor,
-  { damping = 0.01, actOrder = false }: { damping?: number; actOrder?: boolean } = {},
-): Promise<HessianFactor> {
+export function factorHessian(h: Tensor, options: FactorOptions = {}): Promise<HessianFactor> {
+  const { damping = 0.01, actOrder = false } = options;
   return native().factorHessian(h, damping, actOrder);
 }
 

@@ -3,16 +3,18 @@
  * texts, beside those of an independent PyTorch implementation.
  *
  *   npm run reference -- [--data DIR] [--rows REGEX] [--draws N] [--windows N] [--json]
+ *   npm run reference -- --pesf [--windows N]
  *
  * DIR (default ../shared/data) holds calibration/{prose,math,code}.json and heldout/{prose,math,code}.txt.
  * --draws N repeats plain GPTQ, the same with router calibration, and the default recipe over N draws of calibration sequences.
+ * --pesf measures the full-precision model under PESF instead: each mode at four alphas.
  */
 import { existsSync, readFileSync } from 'node:fs';
 import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join, resolve } from 'node:path';
 import { Command } from 'commander';
-import { evaluate, MoeModel, quantizeMoE, type QuantizeOptions } from '../lib';
+import { evaluate, MoeModel, pruneExperts, quantizeMoE, type QuantizeOptions } from '../lib';
 import { seededRandom } from '../lib/model/random';
 
 const MODEL = resolve(__dirname, '../models/trio-moe-9m');
@@ -99,9 +101,40 @@ function against(key: string, s: Scores): string {
   const r = REFERENCE[key];
   if (!r) return '';
   const worst = (ours: number[], theirs: number[]) => Math.max(...ours.map((v, i) => v / theirs[i]!));
-  const percent = (ratio: number) => `${ratio >= 1 ? '+' : ''}${(100 * (ratio - 1)).toFixed(1)} %`;
-  const mean = (v: number[]) => v.reduce((a, b) => a + b, 0) / v.length;
   return ` ${[worst(s.perplexity, r.slice(0, 3)), s.kl / r[3]!, mean(s.shift) / mean(r.slice(4))].map(percent).join(', ')} |`;
+}
+
+const mean = (values: number[]): number => values.reduce((a, b) => a + b, 0) / values.length;
+const percent = (ratio: number): string => `${ratio >= 1 ? '+' : ''}${(100 * (ratio - 1)).toFixed(2)} %`;
+
+/** Perplexity (and that of the causal variant) against no pruning, KL, and what was skipped: means over the domains. */
+async function pesfTable(full: MoeModel, data: string, windows: number): Promise<void> {
+  console.log('| alpha | mode | perplexity | causal perplexity | KL | experts pruned | pairs skipped |');
+  console.log('|---|---|---|---|---|---|---|');
+  const texts = DOMAINS.map((d) => readFileSync(join(data, 'heldout', `${d}.txt`), 'utf8'));
+  const measure = (model: MoeModel, reference?: MoeModel) =>
+    Promise.all(
+      texts.map((perplexity) =>
+        evaluate(model, { perplexity, seqLen: SEQ_LEN, maxTokens: windows * SEQ_LEN, causal: reference !== undefined, reference }),
+      ),
+    );
+  const keepAll = pruneExperts(full, { alpha: 1e-9 });
+  const base = await measure(keepAll, full);
+  keepAll.dispose();
+  for (const alpha of [0.1, 0.3, 0.5, 0.7]) {
+    for (const mode of ['drop', 'renormalize', 'reselect'] as const) {
+      const pruned = pruneExperts(full, { alpha, mode });
+      const rows = await measure(pruned, full);
+      pruned.dispose();
+      const ratio = (of: (r: (typeof rows)[number]) => number) =>
+        percent(Math.exp(mean(rows.map((r, i) => Math.log(of(r) / of(base[i]!))))));
+      const share = (of: (r: (typeof rows)[number]) => number) => `${(100 * mean(rows.map(of))).toFixed(1)} %`;
+      console.log(
+        `| ${alpha} | ${mode} | ${ratio((r) => r.perplexity!)} | ${ratio((r) => r.causal!.perplexity)} | ` +
+          `${mean(rows.map((r) => r.kl!)).toFixed(4)} | ${share((r) => r.prunedExperts!)} | ${share((r) => r.prunedPairs!)} |`,
+      );
+    }
+  }
 }
 
 async function main(): Promise<void> {
@@ -110,11 +143,13 @@ async function main(): Promise<void> {
     .option('--rows <regex>', 'only these rows, e.g. "^2 QESC"', '.')
     .option('--draws <n>', 'draws of calibration sequences', '0')
     .option('--windows <n>', 'held-out windows a domain', '64')
+    .option('--pesf', 'PESF instead of quantization')
     .option('--json', 'one JSON line a row')
     .parse();
-  const o = program.opts<{ data: string; rows: string; draws: string; windows: string; json?: boolean }>();
+  const o = program.opts<{ data: string; rows: string; draws: string; windows: string; pesf?: boolean; json?: boolean }>();
   if (!existsSync(o.data)) throw new Error(`${o.data}: no such directory; name one with --data`);
   const full = await MoeModel.load(MODEL);
+  if (o.pesf) return pesfTable(full, o.data, Number(o.windows));
   const dir = await mkdtemp(join(tmpdir(), 'eac-moe-reference-'));
   const measure = async (recipe: Recipe, bits: 2 | 2.5 | 3, calibration: Int32Array[]) => {
     const output = join(dir, 'model');

@@ -4,6 +4,7 @@
  */
 import type { Activation, RouterSpec } from '../../types/native';
 
+/** A linear layer, y = x Wᵀ + b. */
 export interface LinearSpec {
   /** Tensor name of the weight, [out, in]. */
   weight: string;
@@ -13,6 +14,7 @@ export interface LinearSpec {
   in: number;
 }
 
+/** A normalisation of the hidden states. */
 export interface NormSpec {
   kind: 'rms' | 'layer';
   weight: string;
@@ -36,6 +38,7 @@ export interface RopeSpec {
   long?: { frequencies: number[]; scale: number; from: number };
 }
 
+/** Causal attention with grouped query heads; widths follow from the projections. */
 export interface AttentionSpec {
   q: LinearSpec;
   k: LinearSpec;
@@ -58,6 +61,7 @@ export interface GluSpec {
   down: LinearSpec;
 }
 
+/** A Mixture-of-Experts feed-forward: router, experts, and a shared expert where the family has one. */
 export interface MoeSpec {
   kind: 'moe';
   router: LinearSpec & RouterSpec;
@@ -67,11 +71,13 @@ export interface MoeSpec {
   shared?: GluSpec & { outputGate?: LinearSpec };
 }
 
+/** A feed-forward without experts, as some families have in their first layers. */
 export interface DenseSpec extends GluSpec {
   kind: 'dense';
   activation: Activation;
 }
 
+/** A pre-norm decoder layer: h += attention(norm(h)); h += feedForward(norm(h)). */
 export interface LayerSpec {
   attentionNorm: NormSpec;
   attention: AttentionSpec;
@@ -79,6 +85,7 @@ export interface LayerSpec {
   feedForward: MoeSpec | DenseSpec;
 }
 
+/** A whole model. */
 export interface Architecture {
   /** `model_type` of config.json. */
   modelType: string;

@@ -86,6 +86,12 @@ function openWeights(dir: string): Map<string, SafetensorsFile> {
   throw new EacMoeError('FILE_NOT_FOUND', `${dir}: has neither ${SINGLE} nor ${INDEX}${hint}`);
 }
 
+/** Marks a directory in which a quantized checkpoint is being written. */
+export const UNFINISHED = 'eac_moe.partial.json';
+const UNFINISHED_HINT =
+  'no such file: the directory holds an unfinished run of quantize; start the same command again to finish it';
+const LAYOUT_HINT = "no such file; expected a model directory in Hugging Face's layout";
+
 export class Checkpoint {
   readonly dir: string;
   readonly config: ModelConfig;
@@ -99,10 +105,7 @@ export class Checkpoint {
     assertDirectory(dir);
     this.dir = dir;
     const configPath = join(dir, 'config.json');
-    this.#configBytes = readBytes(
-      configPath,
-      "no such file; expected a model directory in Hugging Face's layout",
-    );
+    this.#configBytes = readBytes(configPath, existsSync(join(dir, UNFINISHED)) ? UNFINISHED_HINT : LAYOUT_HINT);
     this.config = normaliseConfig(parseJsonObject(this.#configBytes, configPath), configPath);
     const generation = join(dir, 'generation_config.json');
     this.generationConfig = existsSync(generation) ? readJsonObject(generation) : {};

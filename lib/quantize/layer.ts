@@ -210,9 +210,8 @@ class LayerQuantizer {
           starved.push(e);
           list = await routing.topUp(e, list, recipe.minExpertTokens);
         }
-        const weights =
-          recipe.routingWeightPower > 0 ? list.weights.map((w) => Math.pow(w, recipe.routingWeightPower)) : undefined;
-        await this.#glu(moe.experts[e]!, 'expert', moe.activation, { rows: list.tokens, weights });
+        const selection = { rows: list.tokens, weights: hessianWeights(list.weights, recipe.routingWeightPower) };
+        await this.#glu(moe.experts[e]!, 'expert', moe.activation, selection);
         onProgress(0.2 + (0.65 * ++done) / moe.experts.length, `experts (${done} of ${moe.experts.length})`);
       }
     };
@@ -269,7 +268,7 @@ class LayerQuantizer {
   async #quantizeTogether(linears: LinearSpec[], kind: string, statistics: InputStatistics | undefined): Promise<void> {
     const { recipe, source, control } = this.#job;
     const planned = linears.filter((spec) => recipe.plan.get(spec.weight));
-    const solver: Solver | undefined = await statistics?.solver(recipe, control);
+    const solver: Solver | undefined = await statistics?.solver(linears[0]!.weight, recipe, control);
     for (const spec of planned) {
       const w = sourceTensor(source, spec);
       const q = recipe.plan.get(spec.weight)!;
@@ -328,6 +327,15 @@ class LayerQuantizer {
     if (keepInput) bindings.push([x, full ? this.#streams.xFull : this.#streams.x]);
     return bindings;
   }
+}
+
+/**
+ * Routing weights as weights in a Hessian, whose scale is of no account: relative to the largest, or those of an expert that is never
+ * chosen would vanish in float32. None where all are 0.
+ */
+function hessianWeights(routing: Float32Array, power: number): Float32Array | undefined {
+  const largest = routing.reduce((a, b) => Math.max(a, b), 0);
+  return power > 0 && largest > 0 ? routing.map((w) => Math.pow(w / largest, power)) : undefined;
 }
 
 /** Rows of the stored inputs, with a weight each. */

@@ -32,8 +32,14 @@ export class InputStatistics {
     xFull?.dispose();
   }
 
-  async solver(recipe: Recipe, control: Control): Promise<Solver> {
-    const factor = await native().factorHessian(this.#h, recipe.damping, recipe.actOrder, control);
+  /** `name`: whose input this is, for errors. */
+  async solver(name: string, recipe: Recipe, control: Control): Promise<Solver> {
+    const factor = await native()
+      .factorHessian(this.#h, recipe.damping, recipe.actOrder, control)
+      .catch((cause: unknown) => {
+        if (!(cause instanceof EacMoeError) || cause.code === 'ABORTED') throw cause;
+        throw new EacMoeError(cause.code, `'${name}': ${cause.message}`, { cause });
+      });
     this.#h.dispose();
     return new Solver(factor, this.#d, this.#weight, recipe, control);
   }

@@ -14,7 +14,7 @@ import { requiredTensors } from '../architecture/tensors';
 import { copyCompanionFiles, readJsonObject, removeTemporaryFiles, sha256, writeJson } from '../checkpoint/files';
 import { moduleOf, quantizationConfig, quantizedEntries } from '../checkpoint/quantized';
 import { openSafetensors, writeSafetensors, type TensorEntry } from '../checkpoint/safetensors';
-import type { Checkpoint } from '../checkpoint/source';
+import { UNFINISHED, type Checkpoint } from '../checkpoint/source';
 import { EacMoeError } from '../errors';
 import { native } from '../native';
 import type { LayerReport } from './options';
@@ -22,7 +22,7 @@ import { planModules } from './plan';
 import { recipeJson, type Recipe } from './recipe';
 import { version } from '../version';
 
-export const PARTIAL = 'eac_moe.partial.json';
+const PARTIAL = UNFINISHED;
 const CALIBRATION = 'eac_moe.partial.safetensors';
 const REPORT = 'eac_moe.json';
 const INDEX = 'model.safetensors.index.json';

@@ -1,6 +1,9 @@
 // A row-major array in native memory. Copies share the data: `owner` keeps the buffer or the mapped file alive.
 #pragma once
+#include <sys/mman.h>
+
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -11,9 +14,14 @@
 
 namespace eac {
 
-// Zero-filled memory aligned to a cache line. Large buffers come from fresh pages, so zeroing costs nothing until touched.
+// Zero-filled memory aligned to a cache line. Large buffers are pages of their own: zeroing costs nothing until they are touched, and
+// they go back to the system when they are freed, where the heap would keep many (a layer's leftovers while the next is at work).
 inline std::shared_ptr<void> allocate_bytes(size_t bytes) {
-  constexpr size_t align = 64;
+  constexpr size_t align = 64, large = size_t(1) << 18;
+  if (bytes >= large) {
+    void* pages = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (pages != MAP_FAILED) return std::shared_ptr<void>(pages, [bytes](void* p) { munmap(p, bytes); });
+  }
   const size_t size = (bytes + align - 1) / align * align + align;
   void* raw = std::calloc(1, size);
   if (!raw) throw Error("OUT_OF_MEMORY", "cannot allocate " + std::to_string(bytes) + " bytes");

@@ -21,7 +21,7 @@ import type { ErrorCode } from '../../lib/errors';
 import { quantizeCheckpoint } from '../../lib/quantize';
 import type { QuantizeOptions } from '../../lib/quantize/options';
 import { expectRejection, readJson, scratch } from '../checkpoint/helpers';
-import { TINY_CONFIG, writeSynthetic, type SyntheticOptions } from '../synthetic';
+import { bf16, TINY_CONFIG, writeSynthetic, type SyntheticOptions } from '../synthetic';
 import { FEW, hashes, randomIds, TRIO } from './helpers';
 
 const dir = scratch();
@@ -193,6 +193,15 @@ describe('the source', () => {
     });
     await expectRefused(source, {}, 'NON_FINITE', name, where, '.safetensors');
     await expectRefused(source, { method: 'rtn', router: false }, 'NON_FINITE', name, where);
+  });
+
+  test('activations that overflow', async () => {
+    const source = await withWeights(({ name }, values) => {
+      if (name === 'model.layers.1.input_layernorm.weight') values.fill(bf16(3e38));
+    });
+    const run = quantizeCheckpoint(source, { ...FEW, calibration, output: join(dir, 'overflow') });
+    const name = "'model.layers.1.self_attn.q_proj.weight'";
+    await expectRejection(run, 'NOT_POSITIVE_DEFINITE', name, 'NaN or infinity');
   });
 
   test('a model of an unknown or dense kind', async () => {

@@ -7,12 +7,12 @@ import { openSafetensors } from '../../lib/checkpoint/safetensors';
 import { MoeModel } from '../../lib/model/model';
 import { quantizeCheckpoint } from '../../lib/quantize';
 import type { Progress, QuantizeOptions } from '../../lib/quantize/options';
-import { PARTIAL } from '../../lib/quantize/output';
 import { expectRejection, scratch } from '../checkpoint/helpers';
 import { TINY_CONFIG, writeSynthetic } from '../synthetic';
 import { FEW, hashes, randomIds, TRIO } from './helpers';
 
 const dir = scratch();
+const PARTIAL = 'eac_moe.partial.json';
 
 /** Runs a child until a step of which `when` is true, and `wait` milliseconds longer; then kills it. True if that was before its end. */
 async function runAndKill(
@@ -189,6 +189,14 @@ describe('AbortSignal and other options', () => {
     await writeSynthetic(other, { ...TINY_CONFIG, rope_theta: 5000 });
     const run = quantizeCheckpoint(other, { ...FEW, calibration, output });
     await expectRejection(run, 'OUTPUT', output, 'another source');
+    // The same headers, one weight changed.
+    await writeSynthetic(other, TINY_CONFIG, {
+      edit: ({ name }, values) => {
+        if (name === 'model.layers.0.mlp.experts.1.up_proj.weight') values[9]! ^= 1;
+      },
+    });
+    const again = quantizeCheckpoint(other, { ...FEW, calibration, output });
+    await expectRejection(again, 'OUTPUT', output, 'another source');
   });
 
   test('resume: false starts over', async () => {

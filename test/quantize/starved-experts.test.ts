@@ -97,7 +97,6 @@ test.each([40, 85, 95, 100, 104, 1000])('an expert never chosen, %d below the ot
     expect(router!.starvedExperts).toContain(STARVED);
   }
   // The weights stay about as close as rounding would leave them, however small the routing weights are.
-  console.log(dislike, JSON.stringify(errors));
   for (const { found, rounded } of errors) expect(found).toBeLessThan(1.7 * rounded);
 });
 
