@@ -67,7 +67,10 @@ export interface QuantizeOptions {
   clipSearch?: boolean;
   /** Added to the Hessian's diagonal, relative to its mean. Default 0.01. */
   damping?: number;
-  /** An expert that fewer tokens reach is calibrated with the tokens that the router likes next best for it, up to this many. Default 256. */
+  /**
+   * An expert that fewer tokens reach is calibrated with the tokens that the router likes next best for it, up to this many. Default 256.
+   * With 0, an expert that no token reaches is rounded to nearest.
+   */
   minExpertTokens?: number;
   /** Continue an unfinished run in `output`; default true. */
   resume?: boolean;

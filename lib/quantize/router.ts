@@ -140,44 +140,57 @@ export interface RouterOutcome {
   report: Omit<NonNullable<LayerReport['router']>, 'expertTokens' | 'starvedExperts'>;
 }
 
-/** One part in this many of the calibration batches judges the calibrated router instead of shaping it. */
+/** One part in this many of the calibration batches judges a fit on the others, before the fit on all of them is taken. */
 const HELD_OUT = 16;
 
 export async function calibrateRouter(job: RouterJob): Promise<RouterOutcome> {
-  const { moe, recipe, weight, x, full, batches, control } = job;
-  const route = async (w: Tensor) => {
-    const runner = job.runner(w);
-    const routing = await routingOf(runner, x, moe, batches, control);
-    runner.dispose();
-    return routing;
-  };
-  const before = await route(weight);
+  const { recipe, weight, full, batches } = job;
+  const before = await route(job, weight);
   const shiftBefore = await before.shift(full, batches);
-  const unchanged = { iterations: 0, lossBefore: 0, lossAfter: 0, shiftBefore, shiftAfter: shiftBefore, kept: false };
-  if (!recipe.router) return { routing: before, report: unchanged };
+  const original = { iterations: 0, lossBefore: 0, lossAfter: 0, shiftBefore, shiftAfter: shiftBefore, kept: false };
+  if (!recipe.router) return { routing: before, report: original };
 
-  const { loss, k, ridge } = recipe.router;
-  const experts = moe.experts.length;
-  const window = loss === 'mse' ? experts : k || defaultWindow(experts, moe.router.topK);
   const held = Math.floor(batches.length / HELD_OUT);
-  const fitted = batches[batches.length - held - 1]!.end;
-  const inputs = x.rows(0, fitted);
-  const targets = full.logits.rows(0, fitted);
-  const options = { k: Math.min(window, experts), ridge, tolerance: 1e-5, maxIterations: 100 };
-  const fit = await native().calibrateRouter(weight, inputs, targets, options, control);
-  for (const view of [inputs, targets]) view.dispose();
-  const calibrated = await native().cast(fit.weight, weight.dtype);
-  const after = await route(calibrated);
-  const shiftAfter = await after.shift(full, batches);
-  const judges = held > 0 ? batches.slice(-held) : batches;
-  const worse =
-    (await after.shift(full, judges)).changedAny > (await before.shift(full, judges)).changedAny;
-  const { iterations, lossBefore, lossAfter } = fit;
-  const report = { iterations, lossBefore, lossAfter, shiftBefore, shiftAfter, kept: !worse };
-  if (worse) {
-    after.dispose();
-    return { routing: before, report };
+  if (held > 0) {
+    const judges = batches.slice(-held);
+    const { routing } = await fit(job, batches.length - held);
+    const worse = (await routing.shift(full, judges)).changedAny > (await before.shift(full, judges)).changedAny;
+    routing.dispose();
+    if (worse) return { routing: before, report: original };
+  }
+  const { calibrated, routing, iterations, lossBefore, lossAfter } = await fit(job, batches.length);
+  const shiftAfter = await routing.shift(full, batches);
+  if (shiftAfter.changedAny > shiftBefore.changedAny) {
+    routing.dispose();
+    return { routing: before, report: original };
   }
   before.dispose();
-  return { weight: calibrated, routing: after, report };
+  const report = { iterations, lossBefore, lossAfter, shiftBefore, shiftAfter, kept: true };
+  return { weight: calibrated, routing, report };
+}
+
+async function route({ runner, x, moe, batches, control }: RouterJob, weight: Tensor): Promise<Routing> {
+  const layer = runner(weight);
+  const routing = await routingOf(layer, x, moe, batches, control);
+  layer.dispose();
+  return routing;
+}
+
+/** Fits the router to the first `count` batches; returns it in the original's dtype, and what it says about all of them. */
+async function fit(job: RouterJob, count: number) {
+  const { moe, weight, x, full, batches, control } = job;
+  const { loss, k, ridge } = job.recipe.router!;
+  const experts = moe.experts.length;
+  const window = loss === 'mse' ? experts : k || defaultWindow(experts, moe.router.topK);
+  const tokens = batches[count - 1]!.end;
+  const { weight: fitted, ...result } = await native().calibrateRouter(
+    weight,
+    x.rows(0, tokens),
+    full.logits.rows(0, tokens),
+    { k: Math.min(window, experts), ridge, tolerance: 1e-5, maxIterations: 100 },
+    control,
+  );
+  const calibrated = await native().cast(fitted, weight.dtype);
+  fitted.dispose();
+  return { calibrated, routing: await route(job, calibrated), ...result };
 }
