@@ -163,7 +163,7 @@ export function quantizeGptq(
  *
  * @param codes u8 [out, in]; `scales` f16 and `zeros` u8 [out, ceil(in / groupSize)]
  */
-export function packCodes(codes: Tensor, scales: Tensor, zeroPoints: Tensor, options: GroupOptions): QuantMatrix {
+export function packCodes(codes: Tensor, scales: Tensor, zeroPoints: Tensor, options: GroupOptions): Promise<QuantMatrix> {
   return native().packCodes(codes, scales, zeroPoints, groups(options));
 }
 

@@ -39,15 +39,15 @@ export interface QuantMatrix {
   readonly symmetric: boolean;
   readonly byteLength: number;
   /** u8 [rows, cols] */
-  codes(): Tensor;
+  codes(): Promise<Tensor>;
   /** f16 [rows, groups], shared */
   scales(): Tensor;
   /** u8 [rows, groups], shared */
   zeros(): Tensor;
   /** f32 [rows, cols] */
-  dequantize(): Tensor;
+  dequantize(): Promise<Tensor>;
   /** The GPTQ v2 tensors: qweight i32, qzeros i32, scales f16, gIdx i32. */
-  toGptq(): GptqTensors;
+  toGptq(): Promise<GptqTensors>;
   dispose(): void;
 }
 export interface GptqTensors {
@@ -268,11 +268,11 @@ export interface NativeBinding {
     scales: Tensor,
     zeros: Tensor,
     options: { bits: number; groupSize: number; symmetric: boolean },
-  ): QuantMatrix;
+  ): Promise<QuantMatrix>;
   fromGptq(
     tensors: GptqTensors,
     options: { rows: number; cols: number; bits: number; groupSize: number; symmetric: boolean },
-  ): QuantMatrix;
+  ): Promise<QuantMatrix>;
 
   calibrateRouter(
     w: Tensor,
@@ -281,6 +281,9 @@ export interface NativeBinding {
     options: { k: number; ridge: number; tolerance: number; maxIterations: number },
     control?: Control,
   ): Promise<{ weight: Tensor; iterations: number; lossBefore: number; lossAfter: number }>;
+
+  /** w f32 [experts, hidden] in another float dtype, each channel's rounding error spread over the channels that follow (GPTQ). */
+  roundRouter(w: Tensor, factor: HessianFactor, dtype: DType): Promise<Tensor>;
 
   /** y = x W^T (+ bias): x f32 [n, in] -> f32 [n, out]. */
   linear(x: Tensor, w: Matrix, bias?: Tensor): Promise<Tensor>;

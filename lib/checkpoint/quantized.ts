@@ -131,15 +131,18 @@ export function quantizedTensors(
 }
 
 /** What reading needs of a Checkpoint, or of one of its files. */
-export type TensorReader = Pick<Checkpoint, 'dir' | 'has' | 'info' | 'tensor'> & Partial<Pick<Checkpoint, 'config'>>;
+export type TensorReader = Pick<Checkpoint, 'dir' | 'has' | 'info' | 'tensor' | 'release'> & Partial<Pick<Checkpoint, 'config'>>;
+
+/** The tensors that a quantized module is stored as. */
+export const QUANTIZED_PARTS = ['qweight', 'qzeros', 'scales', 'g_idx'] as const;
 
 export function moduleOf(weightName: string): string {
   return weightName.replace(/\.weight$/, '');
 }
 
 /** Entries for the writer. The tensors they hold are small copies; `dispose` them once written, or leave that to garbage collection. */
-export function quantizedEntries(module: string, matrix: QuantMatrix): (TensorEntry & { data: Tensor })[] {
-  const { qweight, qzeros, scales, gIdx } = matrix.toGptq();
+export async function quantizedEntries(module: string, matrix: QuantMatrix): Promise<(TensorEntry & { data: Tensor })[]> {
+  const { qweight, qzeros, scales, gIdx } = await matrix.toGptq();
   return [
     { name: `${module}.qweight`, data: qweight },
     { name: `${module}.qzeros`, data: qzeros },
@@ -161,13 +164,13 @@ function checkGroupIndex(where: string, module: string, index: ArrayLike<number>
   }
 }
 
-function readQuantMatrix(
+async function readQuantMatrix(
   checkpoint: TensorReader,
   module: string,
   q: ModuleQuantization,
   out: number,
   inputs: number,
-): QuantMatrix {
+): Promise<QuantMatrix> {
   const groupSize = Math.min(q.groupSize, inputs);
   const expected = quantizedTensors(module, q, out, inputs);
   const tensors: Tensor[] = [];
@@ -189,7 +192,7 @@ function readQuantMatrix(
     }
     const [qweight, qzeros, scales, gIdx] = tensors as [Tensor, Tensor, Tensor, Tensor];
     checkGroupIndex(checkpoint.dir, module, gIdx.toArray(), groupSize);
-    return native().fromGptq(
+    return await native().fromGptq(
       { qweight, qzeros, scales, gIdx },
       { rows: out, cols: inputs, bits: q.bits, groupSize, symmetric: q.symmetric },
     );
@@ -202,13 +205,13 @@ function readQuantMatrix(
  * The weights of a linear layer, [out, in]: a QuantMatrix when the checkpoint holds '<module>.qweight', else the mapped tensor.
  * `quantization` is quantizationOf(checkpoint.config); pass it to read it once.
  */
-export function readMatrix(
+export async function readMatrix(
   checkpoint: TensorReader,
   weightName: string,
   out: number,
   inputs: number,
   quantization: Quantization | null = checkpoint.config ? quantizationOf(checkpoint.config) : null,
-): Matrix {
+): Promise<Matrix> {
   const module = moduleOf(weightName);
   if (!checkpoint.has(`${module}.qweight`)) return checkpoint.tensor(weightName, [out, inputs]);
   const q = quantization?.of(module);

@@ -2,6 +2,7 @@
 import type { Frame, KvCache, Sequence } from '../../types/native';
 import { describe, type Architecture } from '../architecture';
 import { checkTensors } from '../architecture/tensors';
+import { quantizationOf } from '../checkpoint/quantized';
 import { Checkpoint } from '../checkpoint/source';
 import { EacMoeError } from '../errors';
 import { native, withSignal } from '../native';
@@ -10,7 +11,7 @@ import { generate, type GenerateOptions } from './generate';
 import type { LayerStages } from './layer';
 import type { ExpertPolicy } from './policy';
 import { Tokenizer, type ChatMessage } from './tokenizer';
-import { CheckpointWeights } from './weights';
+import { CheckpointWeights, layerMatrices } from './weights';
 
 export interface LoadOptions {
   /** Where to compute. `auto` takes a GPU when there is one; this version computes on the CPU only. Default `auto`. */
@@ -89,8 +90,8 @@ export class MoeModel {
     try {
       const architecture = describe(checkpoint.config);
       checkTensors(architecture, checkpoint);
-      const weights = new CheckpointWeights(checkpoint);
-      await weights.prepare(architecture, options.signal);
+      const weights = new CheckpointWeights(checkpoint, quantizationOf(checkpoint.config));
+      await weights.prepare(architecture.layers.flatMap(layerMatrices), options.signal);
       const decoder = new Decoder(architecture, weights);
       return new MoeModel(path, architecture, { checkpoint, weights, decoder, users: 0 });
     } catch (error) {

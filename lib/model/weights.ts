@@ -1,45 +1,36 @@
 /** The weights of a checkpoint as the decoder asks for them: mapped tensors, and quantized matrices repacked once. */
-import { setImmediate as nextTurn } from 'node:timers/promises';
 import type { Matrix, Tensor } from '../../types/native';
-import type { Architecture, LayerSpec, LinearSpec } from '../architecture/types';
-import { quantizationOf, readMatrix, type Quantization } from '../checkpoint/quantized';
-import type { Checkpoint } from '../checkpoint/source';
+import type { LayerSpec, LinearSpec } from '../architecture/types';
+import { moduleOf, QUANTIZED_PARTS, readMatrix, type Quantization, type TensorReader } from '../checkpoint/quantized';
 import { abortError } from '../native';
 import type { WeightSource } from './layer';
 
 export class CheckpointWeights implements WeightSource {
-  readonly #checkpoint: Checkpoint;
+  readonly #reader: TensorReader;
   readonly #quantization: Quantization | null;
   readonly #matrices = new Map<string, Matrix>();
 
-  constructor(checkpoint: Checkpoint) {
-    this.#checkpoint = checkpoint;
-    this.#quantization = quantizationOf(checkpoint.config);
+  constructor(reader: TensorReader, quantization: Quantization | null) {
+    this.#reader = reader;
+    this.#quantization = quantization;
   }
 
+  /** A matrix that `prepare` has read, or a tensor of the file. */
   matrix(spec: LinearSpec): Matrix {
-    let matrix = this.#matrices.get(spec.weight);
-    if (!matrix) {
-      matrix = readMatrix(this.#checkpoint, spec.weight, spec.out, spec.in, this.#quantization);
-      this.#matrices.set(spec.weight, matrix);
-    }
-    return matrix;
+    return this.#matrices.get(spec.weight) ?? this.#reader.tensor(spec.weight, [spec.out, spec.in]);
   }
 
   tensor(name: string, shape: number[]): Tensor {
-    return this.#checkpoint.tensor(name, shape);
+    return this.#reader.tensor(name, shape);
   }
 
-  /** Repacks all quantized matrices, a layer at a time between turns of the event loop. */
-  async prepare(architecture: Architecture, signal?: AbortSignal): Promise<void> {
+  /** Repacks matrices that are quantized in the file into memory. */
+  async prepare(specs: LinearSpec[], signal?: AbortSignal): Promise<void> {
     if (!this.#quantization) return;
-    for (const layer of architecture.layers) {
-      for (const spec of layerMatrices(layer)) {
-        this.matrix(spec);
-        await nextTurn();
-        if (signal?.aborted) throw abortError(signal);
-      }
-      this.#checkpoint.release(this.#checkpoint.names().filter((name) => /\.(qweight|qzeros|scales)$/.test(name)));
+    for (const { weight, out, in: inputs } of specs) {
+      if (signal?.aborted) throw abortError(signal);
+      this.#matrices.set(weight, await readMatrix(this.#reader, weight, out, inputs, this.#quantization));
+      this.#reader.release(QUANTIZED_PARTS.map((part) => `${moduleOf(weight)}.${part}`));
     }
   }
 

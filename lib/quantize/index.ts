@@ -1,16 +1,15 @@
 /** QESC: compresses a Mixture-of-Experts checkpoint layer by layer (EAC-MoE section 4). */
 import { join } from 'node:path';
 import type { Control } from '../../types/native';
-import { describe, type Architecture, type LinearSpec } from '../architecture';
+import { describe, type Architecture } from '../architecture';
 import { checkTensors, layerTensors, requiredTensors } from '../architecture/tensors';
 import { sha256 } from '../checkpoint/files';
-import { quantizationOf, readMatrix } from '../checkpoint/quantized';
+import { quantizationOf } from '../checkpoint/quantized';
 import { openSafetensors } from '../checkpoint/safetensors';
 import { Checkpoint } from '../checkpoint/source';
 import { EacMoeError } from '../errors';
 import { MoeModel, setDevice } from '../model/model';
-import type { WeightSource } from '../model/layer';
-import { CheckpointWeights } from '../model/weights';
+import { CheckpointWeights, layerMatrices } from '../model/weights';
 import { native, withSignal } from '../native';
 import { version } from '../version';
 import { calibrationSequences } from './calibration';
@@ -80,7 +79,7 @@ class Quantizer {
     private readonly options: QuantizeOptions,
     private readonly control: Control,
   ) {
-    this.#weights = new CheckpointWeights(checkpoint);
+    this.#weights = new CheckpointWeights(checkpoint, null);
   }
 
   async run(): Promise<QuantizeReport> {
@@ -230,26 +229,26 @@ class Quantizer {
     this.#layerProgress(job.index, 0, 'reading back');
     const path = join(output.dir, output.shard(job.index));
     const file = openSafetensors(path);
-    const quantization = { of: (module: string) => this.recipe.plan.get(`${module}.weight`) ?? null, quantizers: [] };
     const reader = {
       dir: path,
       has: (name: string) => file.tensors.has(name),
       info: (name: string) => file.info(name),
       tensor: (name: string) => file.tensor(name),
+      release: (names: Iterable<string>) => file.release([...names].filter((name) => file.tensors.has(name))),
     };
-    const weights: WeightSource = {
-      matrix: (spec: LinearSpec) => readMatrix(reader, spec.weight, spec.out, spec.in, quantization),
-      tensor: (name) => file.tensor(name),
-    };
+    const of = (module: string) => this.recipe.plan.get(`${module}.weight`) ?? null;
+    const weights = new CheckpointWeights(reader, { of, quantizers: [] });
     try {
+      await weights.prepare(layerMatrices(job.spec), this.options.signal);
       await advanceLayer(job, streams, weights);
     } finally {
+      weights.dispose();
       file.dispose();
     }
   }
 
   #layerProgress(layer: number, part: number, what: string): void {
-    const start = this.recipe && (this.options.calibration ?? 'self') === 'self' ? SAMPLE : CHECK;
+    const start = (this.options.calibration ?? 'self') === 'self' ? SAMPLE : CHECK;
     const { length } = this.architecture.layers;
     const fraction = start + ((0.99 - start) * (layer + part)) / length;
     this.options.onProgress?.({ stage: 'calibrate', layer, fraction, message: `layer ${layer + 1}/${length}: ${what}` });

@@ -148,13 +148,12 @@ export class QuantizedOutput {
 
   /** `layer` -1: what belongs to no layer. What `matrices` lacks comes from the source. */
   async #writeShard(layer: number, matrices: ReadonlyMap<string, Matrix>): Promise<void> {
-    const entries = requiredTensors(this.#architecture)
-      .filter((t) => (t.layer ?? -1) === layer)
-      .flatMap(({ name }): (TensorEntry & { data: Tensor })[] => {
-        const matrix = matrices.get(name);
-        if (matrix && 'bits' in matrix) return quantizedEntries(moduleOf(name), matrix);
-        return [{ name, data: matrix ?? this.#source.tensor(name) }];
-      });
+    const entries: (TensorEntry & { data: Tensor })[] = [];
+    for (const { name } of requiredTensors(this.#architecture).filter((t) => (t.layer ?? -1) === layer)) {
+      const matrix = matrices.get(name);
+      if (matrix && 'bits' in matrix) entries.push(...(await quantizedEntries(moduleOf(name), matrix)));
+      else entries.push({ name, data: matrix ?? this.#source.tensor(name) });
+    }
     await writeSafetensors(join(this.dir, this.shard(layer)), entries);
     for (const { data } of entries) data.dispose();
   }

@@ -1,6 +1,6 @@
 /** Routers: what they say about all calibration tokens, and calibrating them against expert shift (EAC-MoE section 4, Eq. 5). */
 import { setImmediate as nextTurn } from 'node:timers/promises';
-import type { Control, Tensor } from '../../types/native';
+import type { Control, HessianFactor, Tensor } from '../../types/native';
 import type { MoeSpec } from '../architecture/types';
 import type { MoeRegisters } from '../model/layer';
 import { countShift, ShiftMeter, type ShiftRates } from '../evaluate/shift';
@@ -150,15 +150,41 @@ export async function calibrateRouter(job: RouterJob): Promise<RouterOutcome> {
   const original = { iterations: 0, lossBefore: 0, lossAfter: 0, shiftBefore, shiftAfter: shiftBefore, kept: false };
   if (!recipe.router) return { routing: before, report: original };
 
+  const factor = await inputFactor(job);
+  try {
+    return await fitAndJudge(job, factor, before, original);
+  } finally {
+    factor.dispose();
+  }
+}
+
+/** The factor of the Hessian of the router's inputs. */
+async function inputFactor({ x, batches, recipe, control }: RouterJob): Promise<HessianFactor> {
+  const width = x.shape[1]!;
+  const h = native().zeros('f32', [width, width]);
+  for (const { begin, end } of batches) await native().accumulateHessian(h, x.rows(begin, end));
+  const factor = await native().factorHessian(h, recipe.damping, true, control);
+  h.dispose();
+  return factor;
+}
+
+async function fitAndJudge(
+  job: RouterJob,
+  factor: HessianFactor,
+  before: Routing,
+  original: RouterOutcome['report'],
+): Promise<RouterOutcome> {
+  const { full, batches } = job;
+  const { shiftBefore } = original;
   const held = Math.floor(batches.length / HELD_OUT);
   if (held > 0) {
     const judges = batches.slice(-held);
-    const { routing } = await fit(job, batches.length - held);
+    const { routing } = await fit(job, factor, batches.length - held);
     const worse = (await routing.shift(full, judges)).changedAny > (await before.shift(full, judges)).changedAny;
     routing.dispose();
     if (worse) return { routing: before, report: original };
   }
-  const { calibrated, routing, iterations, lossBefore, lossAfter } = await fit(job, batches.length);
+  const { calibrated, routing, iterations, lossBefore, lossAfter } = await fit(job, factor, batches.length);
   const shiftAfter = await routing.shift(full, batches);
   if (shiftAfter.changedAny > shiftBefore.changedAny) {
     routing.dispose();
@@ -177,7 +203,7 @@ async function route({ runner, x, moe, batches, control }: RouterJob, weight: Te
 }
 
 /** Fits the router to the first `count` batches; returns it in the original's dtype, and what it says about all of them. */
-async function fit(job: RouterJob, count: number) {
+async function fit(job: RouterJob, factor: HessianFactor, count: number) {
   const { moe, weight, x, full, batches, control } = job;
   const { loss, k, ridge } = job.recipe.router!;
   const experts = moe.experts.length;
@@ -190,7 +216,7 @@ async function fit(job: RouterJob, count: number) {
     { k: Math.min(window, experts), ridge, tolerance: 1e-5, maxIterations: 100 },
     control,
   );
-  const calibrated = await native().cast(fitted, weight.dtype);
+  const calibrated = await native().roundRouter(fitted, factor, weight.dtype);
   fitted.dispose();
   return { calibrated, routing: await route(job, calibrated), ...result };
 }

@@ -145,6 +145,12 @@ Napi::Value TensorHandle::write(const Napi::CallbackInfo& info) {
   });
 }
 
+namespace {
+Napi::Value start_tensor(Napi::Env env, std::function<Tensor()> compute) {
+  return Job<Tensor>::start(env, env.Undefined(), std::move(compute), [](Napi::Env e, Tensor& t) { return wrap_tensor(e, std::move(t)); });
+}
+}  // namespace
+
 void QuantMatrixHandle::define(Napi::Env env, Napi::Object exports) {
   const auto property = [](const char* name, int which) {
     return InstanceAccessor<&QuantMatrixHandle::property>(name, napi_default, reinterpret_cast<void*>(intptr_t(which)));
@@ -171,19 +177,24 @@ Napi::Value QuantMatrixHandle::property(const Napi::CallbackInfo& info) {
   });
 }
 Napi::Value QuantMatrixHandle::byte_length(const Napi::CallbackInfo& info) { GUARDED(return Napi::Number::New(info.Env(), double(bytes_of(*get())))); }
-Napi::Value QuantMatrixHandle::codes(const Napi::CallbackInfo& info) { GUARDED(return wrap_tensor(info.Env(), unpack_codes(*get()))); }
+Napi::Value QuantMatrixHandle::codes(const Napi::CallbackInfo& info) { GUARDED(return start_tensor(info.Env(), [q = get()] { return unpack_codes(*q); })); }
 Napi::Value QuantMatrixHandle::scales(const Napi::CallbackInfo& info) { GUARDED(return wrap_tensor(info.Env(), get()->scales)); }
 Napi::Value QuantMatrixHandle::zeros(const Napi::CallbackInfo& info) { GUARDED(return wrap_tensor(info.Env(), get()->zeros)); }
-Napi::Value QuantMatrixHandle::dequantize(const Napi::CallbackInfo& info) { GUARDED(return wrap_tensor(info.Env(), eac::dequantize(*get()))); }
+Napi::Value QuantMatrixHandle::dequantize(const Napi::CallbackInfo& info) {
+  GUARDED(return start_tensor(info.Env(), [q = get()] { return eac::dequantize(*q); }));
+}
 Napi::Value QuantMatrixHandle::to_gptq(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
-    GptqTensors t = eac::to_gptq(*get());
-    Napi::Object o = Napi::Object::New(info.Env());
-    o["qweight"] = wrap_tensor(info.Env(), std::move(t.qweight));
-    o["qzeros"] = wrap_tensor(info.Env(), std::move(t.qzeros));
-    o["scales"] = wrap_tensor(info.Env(), std::move(t.scales));
-    o["gIdx"] = wrap_tensor(info.Env(), std::move(t.g_idx));
-    return o;
+    return Job<GptqTensors>::start(
+        info.Env(), info.Env().Undefined(), [q = get()] { return eac::to_gptq(*q); },
+        [](Napi::Env env, GptqTensors& t) -> Napi::Value {
+          Napi::Object o = Napi::Object::New(env);
+          o["qweight"] = wrap_tensor(env, std::move(t.qweight));
+          o["qzeros"] = wrap_tensor(env, std::move(t.qzeros));
+          o["scales"] = wrap_tensor(env, std::move(t.scales));
+          o["gIdx"] = wrap_tensor(env, std::move(t.g_idx));
+          return o;
+        });
   });
 }
 

@@ -3,6 +3,7 @@
 #include "kernels/matmul/gemm.h"
 #include "kernels/nn/output.h"
 #include "kernels/router/calibrate.h"
+#include "kernels/router/round.h"
 
 #include <cmath>
 #include <cstdio>
@@ -206,11 +207,12 @@ Napi::Value js_pack_codes(Info info) {
   const int64_t groups = (codes->cols() + q.group_size - 1) / q.group_size;
   if (codes->dtype != DType::u8 || scales->dtype != DType::f16 || zeros->dtype != DType::u8) throw_invalid("expected codes u8, scales f16 and zeros u8");
   for (const auto& t : {scales, zeros}) same_width(t->rows(), codes->rows(), "rows of scales and zeros"), same_width(t->cols(), groups, "groups of scales and zeros");
-  for (const auto& t : {codes, zeros})
-    for (int64_t i = 0; i < t->size(); i++)
-      if (t->as<uint8_t>()[i] >> q.bits) throw_invalid("a code or zero point does not fit " + std::to_string(q.bits) + " bits");
-  QuantMatrix m = pack_codes(*codes, *scales, *zeros, q.bits, q.group_size, q.symmetric);
-  return quant_matrix_value(info.Env(), m);
+  return Job<QuantMatrix>::start(info.Env(), info[4], [codes, scales, zeros, q] {
+    for (const auto& t : {codes, zeros})
+      for (int64_t i = 0; i < t->size(); i++)
+        if (t->as<uint8_t>()[i] >> q.bits) throw_invalid("a code or zero point does not fit " + std::to_string(q.bits) + " bits");
+    return pack_codes(*codes, *scales, *zeros, q.bits, q.group_size, q.symmetric);
+  }, quant_matrix_value);
 }
 
 Napi::Value js_from_gptq(Info info) {
@@ -226,10 +228,10 @@ Napi::Value js_from_gptq(Info info) {
                   dtype_name(tensor->dtype) + " [" + std::to_string(tensor->rows()) + ", " + std::to_string(tensor->cols()) + "]");
     return *tensor;
   };
-  const GptqTensors g{part("qweight", DType::i32, (cols + 31) / 32 * q.bits, rows), part("qzeros", DType::i32, groups, (rows + 31) / 32 * q.bits),
+  GptqTensors g{part("qweight", DType::i32, (cols + 31) / 32 * q.bits, rows), part("qzeros", DType::i32, groups, (rows + 31) / 32 * q.bits),
                       part("scales", DType::f16, groups, rows), part("gIdx", DType::i32, 1, cols)};
-  QuantMatrix m = from_gptq(g, rows, cols, q.bits, q.group_size, q.symmetric);
-  return quant_matrix_value(info.Env(), m);
+  return Job<QuantMatrix>::start(
+      info.Env(), info[2], [g = std::move(g), rows, cols, q] { return from_gptq(g, rows, cols, q.bits, q.group_size, q.symmetric); }, quant_matrix_value);
 }
 
 Napi::Value js_calibrate_router(Info info) {
@@ -247,6 +249,14 @@ Napi::Value js_calibrate_router(Info info) {
       result["lossAfter"] = r.loss_after;
       return result;
     });
+}
+
+Napi::Value js_round_router(Info info) {
+  const auto w = float_matrix_from(info[0], "w", DType::f32);
+  const auto f = HessianFactorHandle::from(info[1], "factor");
+  const DType dtype = dtype_from(info[2]);
+  same_width(w->cols(), f->n, "width of w");
+  return Job<Tensor>::start(info.Env(), info[3], [w, f, dtype] { return round_against_inputs(*w, *f, dtype); }, tensor_value);
 }
 
 Napi::Value js_linear(Info info) {
@@ -331,6 +341,7 @@ void define_kernels(Napi::Env env, Napi::Object exports) {
   add("packCodes", exported<js_pack_codes>);
   add("fromGptq", exported<js_from_gptq>);
   add("calibrateRouter", exported<js_calibrate_router>);
+  add("roundRouter", exported<js_round_router>);
   add("linear", exported<js_linear>);
   add("tokenNll", exported<js_token_nll>);
   add("klDivergence", exported<js_kl_divergence>);

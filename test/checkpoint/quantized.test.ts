@@ -13,7 +13,7 @@ import { writeSafetensors } from '../../lib/checkpoint/safetensors';
 import { Checkpoint } from '../../lib/checkpoint/source';
 import { native } from '../../lib/native';
 import type { QuantMatrix, Tensor } from '../../types/native';
-import { expectError, scratch } from './helpers';
+import { expectError, expectRejection, scratch } from './helpers';
 
 const root = scratch();
 
@@ -153,7 +153,7 @@ describe('matrices', () => {
       model_type: 'x',
       quantization_config: quantizationConfig(config, 'eac-moe:0'),
     });
-    const entries = [...matrices].flatMap(([name, m]) => quantizedEntries(name, m));
+    const entries = (await Promise.all([...matrices].map(([name, m]) => quantizedEntries(name, m)))).flat();
     const plain = Object.entries(extra).map(([name, data]) => ({ name, data }));
     const all = new Map([...entries, ...plain].map((e) => [e.name, e]));
     await writeSafetensors(join(dir, 'model.safetensors'), all.values());
@@ -178,19 +178,17 @@ describe('matrices', () => {
     await write(dir, matrices, { 'plain.weight': native().zeros('bf16', [4, 6]) });
     const checkpoint = Checkpoint.open(dir);
     for (const [i, [bits, out, inputs, groupSize, symmetric]] of shapes.entries()) {
-      const read = readMatrix(checkpoint, `layers.${i}.w.weight`, out, inputs) as QuantMatrix;
+      const read = (await readMatrix(checkpoint, `layers.${i}.w.weight`, out, inputs)) as QuantMatrix;
       expect(read).toMatchObject({ bits, rows: out, cols: inputs, groupSize, symmetric });
-      expect(read.dequantize().toBytes()).toEqual(matrices.get(`layers.${i}.w`)!.dequantize().toBytes());
+      expect((await read.dequantize()).toBytes()).toEqual((await matrices.get(`layers.${i}.w`)!.dequantize()).toBytes());
     }
-    expect((readMatrix(checkpoint, 'plain.weight', 4, 6) as Tensor).dtype).toBe('bf16');
-    expectError(
-      () => readMatrix(checkpoint, 'plain.weight', 6, 4),
+    expect(((await readMatrix(checkpoint, 'plain.weight', 4, 6)) as Tensor).dtype).toBe('bf16');
+    await expectRejection(readMatrix(checkpoint, 'plain.weight', 6, 4),
       'INVALID_TENSOR',
       "'plain.weight'",
       '[4, 6]',
     );
-    expectError(
-      () => readMatrix(checkpoint, 'layers.0.w.weight', 32, 128),
+    await expectRejection(readMatrix(checkpoint, 'layers.0.w.weight', 32, 128),
       'INVALID_TENSOR',
       'layers.0.w.qweight',
       '[8, 64]',
@@ -206,42 +204,39 @@ describe('matrices', () => {
     };
     const scattered = Int32Array.from({ length: 64 }, (_, c) => c % 2);
     const a = await open('a', { 'm.g_idx': native().fromArray(scattered, 'i32', [64]) });
-    expectError(
-      () => readMatrix(a, 'm.weight', 32, 64),
+    await expectRejection(readMatrix(a, 'm.weight', 32, 64),
       'UNSUPPORTED_MODEL',
       'm.g_idx',
       'channel 1 into group 1',
       'desc_act',
     );
     const b = await open('b', { 'm.scales': native().zeros('f32', [2, 32]) });
-    expectError(
-      () => readMatrix(b, 'm.weight', 32, 64),
+    await expectRejection(readMatrix(b, 'm.weight', 32, 64),
       'INVALID_TENSOR',
       "'m.scales'",
       'F32',
       'expected F16',
     );
     const c = await open('c', {});
-    expectError(() => readMatrix(c, 'm.weight', 32, 64, null), 'INVALID_CHECKPOINT', 'm.qweight');
+    await expectRejection(readMatrix(c, 'm.weight', 32, 64, null), 'INVALID_CHECKPOINT', 'm.qweight');
 
-    const { qweight, qzeros } = matrix.toGptq();
+    const { qweight, qzeros } = await matrix.toGptq();
     const entries = [
       { name: 'm.qweight', data: qweight },
       { name: 'm.qzeros', data: qzeros },
     ];
     await writeSafetensors(join(root, 'c', 'model.safetensors'), entries);
-    expectError(
-      () => readMatrix(Checkpoint.open(join(root, 'c')), 'm.weight', 32, 64),
+    await expectRejection(readMatrix(Checkpoint.open(join(root, 'c')), 'm.weight', 32, 64),
       'INVALID_TENSOR',
       "'m.scales' is missing",
     );
-    const scales = matrix.toGptq().scales;
+    const scales = (await matrix.toGptq()).scales;
     await writeSafetensors(join(root, 'c', 'model.safetensors'), [
       ...entries,
       { name: 'm.scales', data: scales },
     ]);
-    const withoutIndex = readMatrix(Checkpoint.open(join(root, 'c')), 'm.weight', 32, 64) as QuantMatrix;
-    expect(withoutIndex.dequantize().toBytes()).toEqual(matrix.dequantize().toBytes());
+    const withoutIndex = (await readMatrix(Checkpoint.open(join(root, 'c')), 'm.weight', 32, 64)) as QuantMatrix;
+    expect((await withoutIndex.dequantize()).toBytes()).toEqual((await matrix.dequantize()).toBytes());
   });
 
   test('group_size -1 is one group a row', async () => {
@@ -256,7 +251,7 @@ describe('matrices', () => {
       sym: false,
     };
     writeFileSync(join(dir, 'config.json'), JSON.stringify({ model_type: 'x', quantization_config: config }));
-    const read = readMatrix(Checkpoint.open(dir), 'm.weight', 16, 96) as QuantMatrix;
-    expect(read.dequantize().toBytes()).toEqual(matrix.dequantize().toBytes());
+    const read = (await readMatrix(Checkpoint.open(dir), 'm.weight', 16, 96)) as QuantMatrix;
+    expect((await read.dequantize()).toBytes()).toEqual((await matrix.dequantize()).toBytes());
   });
 });

@@ -68,9 +68,9 @@ async function quantization() {
     const rtn = await api.quantizeRtn(w, options, factor.diagonal());
     const { matrix } = await api.quantizeGptq(w, factor, options);
     for (const q of [rtn, matrix]) {
-      const packed = q.toGptq();
-      const back = api.fromGptq(packed, { rows: 24, cols: 96, bits, groupSize: 32, symmetric: false });
-      assert.deepEqual(back.codes().toArray(), q.codes().toArray());
+      const packed = await q.toGptq();
+      const back = await api.fromGptq(packed, { rows: 24, cols: 96, bits, groupSize: 32, symmetric: false });
+      assert.deepEqual((await back.codes()).toArray(), (await q.codes()).toArray());
       const y = await api.linear(x, q);
       assert.equal(y.toArray().length, 200 * 24);
     }

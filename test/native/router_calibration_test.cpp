@@ -11,6 +11,7 @@
 #include "core/thread_pool.h"
 #include "harness.h"
 #include "kernels/router/calibrate.h"
+#include "kernels/router/round.h"
 
 using namespace eac;
 using namespace eac::test;
@@ -151,6 +152,39 @@ void threads_change_nothing() {
   }
 }
 
+// The logits over correlated inputs change much less than under plain rounding, and every value is one of the dtype.
+void rounding_against_inputs() {
+  const int64_t d = 96, experts = 8, tokens = 2000;
+  const Tensor mix = random_matrix(12, d, 1), common = random_matrix(tokens, 12, 2), own = random_matrix(tokens, d, 3, 0.1f);
+  Tensor x = Tensor::zeros(DType::f32, {tokens, d}), h = Tensor::zeros(DType::f32, {d, d});
+  for (int64_t t = 0; t < tokens; t++)
+    for (int64_t j = 0; j < d; j++) {
+      float s = own.f32()[t * d + j];
+      for (int64_t k = 0; k < 12; k++) s += common.f32()[t * 12 + k] * mix.f32()[k * d + j];
+      x.f32()[t * d + j] = s;
+    }
+  accumulate_hessian(h, x, nullptr);
+  const HessianFactor f = factor_hessian(h, 0.01, true);
+  const Tensor w = random_matrix(experts, d, 4);
+  for (const DType dtype : {DType::bf16, DType::f16}) {
+    const Tensor rounded = round_against_inputs(w, f, dtype);
+    double ours = 0, plain = 0;
+    for (int64_t e = 0; e < experts; e++)
+      for (int64_t t = 0; t < tokens; t++) {
+        double a = 0, b = 0;
+        for (int64_t j = 0; j < d; j++) {
+          const float v = w.f32()[e * d + j];
+          const double cast = dtype == DType::bf16 ? bf16_to_f32(f32_to_bf16(v)) : f16_to_f32(f32_to_f16(v));
+          a += x.f32()[t * d + j] * (element(rounded, e * d + j) - v);
+          b += x.f32()[t * d + j] * (cast - v);
+        }
+        ours += a * a, plain += b * b;
+      }
+    check(rounded.dtype == dtype && ours < 0.2 * plain, "rounded logits: " + std::to_string(ours) + " against " + std::to_string(plain));
+  }
+  check(round_against_inputs(w, f, DType::f32).data == w.data, "f32 stays as it is");
+}
+
 }  // namespace
 
 int main() {
@@ -161,6 +195,7 @@ int main() {
   run("ties go to the smaller expert", ties_go_to_the_smaller_expert);
   run("an unfinished iteration still improves", few_iterations_still_improve);
   run("bad arguments are refused", refuses);
+  run("rounding to storage keeps the logits", rounding_against_inputs);
   run("the number of threads changes nothing", threads_change_nothing);
   return failures ? 1 : 0;
 }

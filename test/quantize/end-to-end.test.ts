@@ -287,21 +287,18 @@ describe('options', () => {
     const { model, output } = await quantize(source, { calibration, samples: 8, bits, groupSize: 64 });
     const checkpoint = Checkpoint.open(output);
     const quantization = quantizationOf(checkpoint.config)!;
-    const entries = requiredTensors(model.architecture).map(({ name, shape }) => {
+    const entries: { name: string; dtype: string; shape: number[]; data: Uint8Array }[] = [];
+    for (const { name, shape } of requiredTensors(model.architecture)) {
       const q = checkpoint.has(name) ? null : quantization.of(moduleOf(name));
-      if (!q)
-        return {
-          name,
-          dtype: 'F32',
-          shape,
-          data: bytesOf(checkpoint.tensor(name).toArray() as Float32Array),
-        };
-      const w = dequantize(checkpoint, moduleOf(name), q.bits);
-      const matrix = readMatrix(checkpoint, name, shape[0]!, shape[1]!) as QuantMatrix;
-      expect(matrix.bits).toBe(q.bits);
-      expect(Buffer.from(matrix.dequantize().toBytes()).equals(bytesOf(w))).toBe(true);
-      return { name, dtype: 'F32', shape, data: bytesOf(w) };
-    });
+      let data: Uint8Array;
+      if (q) {
+        data = bytesOf(dequantize(checkpoint, moduleOf(name), q.bits));
+        const matrix = (await readMatrix(checkpoint, name, shape[0]!, shape[1]!)) as QuantMatrix;
+        expect(matrix.bits).toBe(q.bits);
+        expect(Buffer.from((await matrix.dequantize()).toBytes()).equals(data)).toBe(true);
+      } else data = bytesOf(checkpoint.tensor(name).toArray() as Float32Array);
+      entries.push({ name, dtype: 'F32', shape, data });
+    }
     // A model of these weights in full precision gives the same logits.
     const plain = join(dir, `plain-${bits}`);
     mkdirSync(plain);

@@ -62,9 +62,9 @@ async function quantize(source: string, options: Partial<QuantizeOptions> = {}):
     const name = `model.layers.0.mlp.experts.${STARVED}.${projection}.weight`;
     const w = before.tensor(name);
     const [out, inputs] = w.shape as [number, number];
-    const matrix = readMatrix(after, name, out, inputs) as QuantMatrix;
+    const matrix = (await readMatrix(after, name, out, inputs)) as QuantMatrix;
     expect(matrix.bits).toBe(3);
-    const found = matrix.dequantize().toArray();
+    const found = (await matrix.dequantize()).toArray();
     expect([...found].every(Number.isFinite)).toBe(true);
     const rtn = await native().quantizeRtn(w, {
       bits: 3,
@@ -72,7 +72,7 @@ async function quantize(source: string, options: Partial<QuantizeOptions> = {}):
       symmetric: false,
       clipSearch: false,
     });
-    const rounded = rtn.dequantize().toArray();
+    const rounded = (await rtn.dequantize()).toArray();
     outcome.errors.push({
       projection,
       found: relativeError(found, w.toArray()),
