@@ -163,7 +163,12 @@ export function quantizeGptq(
  *
  * @param codes u8 [out, in]; `scales` f16 and `zeros` u8 [out, ceil(in / groupSize)]
  */
-export function packCodes(codes: Tensor, scales: Tensor, zeroPoints: Tensor, options: GroupOptions): Promise<QuantMatrix> {
+export function packCodes(
+  codes: Tensor,
+  scales: Tensor,
+  zeroPoints: Tensor,
+  options: GroupOptions,
+): Promise<QuantMatrix> {
   return native().packCodes(codes, scales, zeroPoints, groups(options));
 }
 
@@ -242,7 +247,10 @@ export async function runExperts(
   const chosen = indices.toArray();
   const bad = chosen.findIndex((e) => e < -1 || e >= experts.length);
   if (bad >= 0) {
-    throw new EacMoeError('INVALID_ARGUMENT', `indices holds ${chosen[bad]}; there are ${experts.length} experts`);
+    throw new EacMoeError(
+      'INVALID_ARGUMENT',
+      `indices holds ${chosen[bad]}; there are ${experts.length} experts`,
+    );
   }
   const b = new ProgramBuilder();
   const rx = b.register('x', width);
@@ -282,7 +290,10 @@ export function createKvCache(layers: { keyWidth: number; valueWidth: number }[]
 function matrixShape(name: string, t: Tensor): [number, number] {
   const { shape } = t;
   if (shape.length !== 2) {
-    throw new EacMoeError('INVALID_ARGUMENT', `${name} must have two dimensions; found [${shape.join(', ')}]`);
+    throw new EacMoeError(
+      'INVALID_ARGUMENT',
+      `${name} must have two dimensions; found [${shape.join(', ')}]`,
+    );
   }
   return shape as [number, number];
 }
@@ -306,4 +317,3 @@ async function runOnce(
     program.dispose();
   }
 }
-

@@ -82,7 +82,12 @@ async function score(model: MoeModel, data: string, windows: number, reference?:
   const result: Scores = { perplexity: [], kl: 0, shift: [] };
   for (const domain of DOMAINS) {
     const text = readFileSync(join(data, 'heldout', `${domain}.txt`), 'utf8');
-    const e = await evaluate(model, { perplexity: text, seqLen: SEQ_LEN, maxTokens: windows * SEQ_LEN, reference });
+    const e = await evaluate(model, {
+      perplexity: text,
+      seqLen: SEQ_LEN,
+      maxTokens: windows * SEQ_LEN,
+      reference,
+    });
     result.perplexity.push(e.perplexity!);
     result.kl += (e.kl ?? 0) / DOMAINS.length;
     result.shift.push(e.expertShift?.changedAny ?? 0);
@@ -115,7 +120,13 @@ async function pesfTable(full: MoeModel, data: string, windows: number): Promise
   const measure = (model: MoeModel, reference?: MoeModel) =>
     Promise.all(
       texts.map((perplexity) =>
-        evaluate(model, { perplexity, seqLen: SEQ_LEN, maxTokens: windows * SEQ_LEN, causal: reference !== undefined, reference }),
+        evaluate(model, {
+          perplexity,
+          seqLen: SEQ_LEN,
+          maxTokens: windows * SEQ_LEN,
+          causal: reference !== undefined,
+          reference,
+        }),
       ),
     );
   const keepAll = pruneExperts(full, { alpha: 1e-9 });
@@ -128,7 +139,8 @@ async function pesfTable(full: MoeModel, data: string, windows: number): Promise
       pruned.dispose();
       const ratio = (of: (r: (typeof rows)[number]) => number) =>
         percent(Math.exp(mean(rows.map((r, i) => Math.log(of(r) / of(base[i]!))))));
-      const share = (of: (r: (typeof rows)[number]) => number) => `${(100 * mean(rows.map(of))).toFixed(1)} %`;
+      const share = (of: (r: (typeof rows)[number]) => number) =>
+        `${(100 * mean(rows.map(of))).toFixed(1)} %`;
       console.log(
         `| ${alpha} | ${mode} | ${ratio((r) => r.perplexity!)} | ${ratio((r) => r.causal!.perplexity)} | ` +
           `${mean(rows.map((r) => r.kl!)).toFixed(4)} | ${share((r) => r.prunedExperts!)} | ${share((r) => r.prunedPairs!)} |`,
@@ -146,22 +158,39 @@ async function main(): Promise<void> {
     .option('--pesf', 'PESF instead of quantization')
     .option('--json', 'one JSON line a row')
     .parse();
-  const o = program.opts<{ data: string; rows: string; draws: string; windows: string; pesf?: boolean; json?: boolean }>();
+  const o = program.opts<{
+    data: string;
+    rows: string;
+    draws: string;
+    windows: string;
+    pesf?: boolean;
+    json?: boolean;
+  }>();
   if (!existsSync(o.data)) throw new Error(`${o.data}: no such directory; name one with --data`);
   const full = await MoeModel.load(MODEL);
   if (o.pesf) return pesfTable(full, o.data, Number(o.windows));
   const dir = await mkdtemp(join(tmpdir(), 'eac-moe-reference-'));
   const measure = async (recipe: Recipe, bits: 2 | 2.5 | 3, calibration: Int32Array[]) => {
     const output = join(dir, 'model');
-    const { model, report } = await quantizeMoE(MODEL, { ...recipe, bits, calibration, seqLen: SEQ_LEN, output });
+    const { model, report } = await quantizeMoE(MODEL, {
+      ...recipe,
+      bits,
+      calibration,
+      seqLen: SEQ_LEN,
+      output,
+    });
     const scores = await score(model, o.data, Number(o.windows), full);
     model.dispose();
     await rm(output, { recursive: true });
     return { scores, bytes: report.bytes };
   };
-  const print = (row: Record<string, unknown>, text: string) => console.log(o.json ? JSON.stringify(row) : text);
+  const print = (row: Record<string, unknown>, text: string) =>
+    console.log(o.json ? JSON.stringify(row) : text);
   try {
-    print({}, '| bits | recipe | bytes | prose | math | code | KL | shift prose / math / code | worst perplexity, KL, mean shift against the reference |');
+    print(
+      {},
+      '| bits | recipe | bytes | prose | math | code | KL | shift prose / math / code | worst perplexity, KL, mean shift against the reference |',
+    );
     print({}, '|---|---|---|---|---|---|---|---|---|');
     if (new RegExp(o.rows).test('16 full precision')) {
       const scores = await score(full, o.data, Number(o.windows));
@@ -172,7 +201,10 @@ async function main(): Promise<void> {
       for (const [name, recipe] of Object.entries(RECIPES)) {
         if (!new RegExp(o.rows).test(`${bits} ${name}`)) continue;
         const { scores, bytes } = await measure(recipe, bits, first);
-        print({ bits, row: name, bytes, ...scores }, line(bits, name, scores, bytes, against(`${bits} ${name}`, scores)));
+        print(
+          { bits, row: name, bytes, ...scores },
+          line(bits, name, scores, bytes, against(`${bits} ${name}`, scores)),
+        );
       }
     }
     for (let draw = 1; draw <= Number(o.draws); draw++) {
@@ -181,7 +213,10 @@ async function main(): Promise<void> {
         for (const name of ['GPTQ', 'QESC (exact, K=8)', 'default recipe']) {
           if (!new RegExp(o.rows).test(`${bits} ${name}`)) continue;
           const { scores, bytes } = await measure(RECIPES[name]!, bits, calibration);
-          print({ bits, row: name, draw, bytes, ...scores }, line(bits, `${name}, draw ${draw}`, scores, bytes));
+          print(
+            { bits, row: name, draw, bytes, ...scores },
+            line(bits, `${name}, draw ${draw}`, scores, bytes),
+          );
         }
       }
     }

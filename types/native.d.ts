@@ -151,7 +151,14 @@ export type Op =
       window: number;
     }
   /** logits [tokens, experts] -> weights, indices [tokens, topK], counts [sequences, experts]. */
-  | { op: 'route'; logits: Register; weights: Register; indices: Register; counts: Register; router: RouterSpec }
+  | {
+      op: 'route';
+      logits: Register;
+      weights: Register;
+      indices: Register;
+      counts: Register;
+      router: RouterSpec;
+    }
   /** Applies the frame's expert mask (see Frame.setExpertMask) to weights and indices; nothing when there is none. */
   | { op: 'reselect'; logits: Register; weights: Register; indices: Register; router: RouterSpec }
   /** out (+)= sum over the chosen experts of weight * down(activation(gate x) * up x); pruned slots (index -1) cost nothing. */

@@ -131,7 +131,8 @@ export function quantizedTensors(
 }
 
 /** What reading needs of a Checkpoint, or of one of its files. */
-export type TensorReader = Pick<Checkpoint, 'dir' | 'has' | 'info' | 'tensor' | 'release'> & Partial<Pick<Checkpoint, 'config'>>;
+export type TensorReader = Pick<Checkpoint, 'dir' | 'has' | 'info' | 'tensor' | 'release'> &
+  Partial<Pick<Checkpoint, 'config'>>;
 
 /** The tensors that a quantized module is stored as. */
 export const QUANTIZED_PARTS = ['qweight', 'qzeros', 'scales', 'g_idx'] as const;
@@ -141,7 +142,10 @@ export function moduleOf(weightName: string): string {
 }
 
 /** Entries for the writer. The tensors they hold are small copies; `dispose` them once written, or leave that to garbage collection. */
-export async function quantizedEntries(module: string, matrix: QuantMatrix): Promise<(TensorEntry & { data: Tensor })[]> {
+export async function quantizedEntries(
+  module: string,
+  matrix: QuantMatrix,
+): Promise<(TensorEntry & { data: Tensor })[]> {
   const { qweight, qzeros, scales, gIdx } = await matrix.toGptq();
   return [
     { name: `${module}.qweight`, data: qweight },

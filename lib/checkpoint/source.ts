@@ -105,7 +105,10 @@ export class Checkpoint {
     assertDirectory(dir);
     this.dir = dir;
     const configPath = join(dir, 'config.json');
-    this.#configBytes = readBytes(configPath, existsSync(join(dir, UNFINISHED)) ? UNFINISHED_HINT : LAYOUT_HINT);
+    this.#configBytes = readBytes(
+      configPath,
+      existsSync(join(dir, UNFINISHED)) ? UNFINISHED_HINT : LAYOUT_HINT,
+    );
     this.config = normaliseConfig(parseJsonObject(this.#configBytes, configPath), configPath);
     const generation = join(dir, 'generation_config.json');
     this.generationConfig = existsSync(generation) ? readJsonObject(generation) : {};

@@ -2,7 +2,16 @@
  * The one decoder that runs every architecture: it records the architecture once as a native program and runs it over batches of
  * sequences. Decoding a token crosses into native code once.
  */
-import type { Control, Frame, KvCache, Program, Register, Sampling, Sequence, Tensor } from '../../types/native';
+import type {
+  Control,
+  Frame,
+  KvCache,
+  Program,
+  Register,
+  Sampling,
+  Sequence,
+  Tensor,
+} from '../../types/native';
 import type { Architecture, MoeSpec } from '../architecture/types';
 import { native } from '../native';
 import { pushLayer, pushLinear, pushNorm, type LayerStages, type WeightSource } from './layer';
@@ -110,7 +119,11 @@ export class Decoder {
    * Final norm and lm_head over rows of hidden states (f32 [n, hidden]), `HEAD_ROWS` at a time: `use` sees the logits of rows
    * [begin, begin + logits rows) in memory that the next piece overwrites.
    */
-  async logits(h: Tensor, use: (logits: Tensor, begin: number) => Promise<void> | void, control?: Control): Promise<void> {
+  async logits(
+    h: Tensor,
+    use: (logits: Tensor, begin: number) => Promise<void> | void,
+    control?: Control,
+  ): Promise<void> {
     const frame = native().createFrame(this.#head);
     const rows = h.byteLength / (4 * this.#architecture.hiddenSize);
     try {
@@ -146,7 +159,11 @@ export class Decoder {
     }
   }
 
-  async #runLayers(frame: Frame, batch: Batch, { policy, control, onRoute, onLayer }: RunOptions): Promise<void> {
+  async #runLayers(
+    frame: Frame,
+    batch: Batch,
+    { policy, control, onRoute, onLayer }: RunOptions,
+  ): Promise<void> {
     let done = 0;
     for (const [layer, stages] of this.layers.entries()) {
       const spec = this.#architecture.layers[layer]!.feedForward;

@@ -113,7 +113,11 @@ function stepper(model: TextModel, cache: KvCache, o: Checked): (ids: number[]) 
     });
 }
 
-async function prefill(next: (ids: number[]) => Promise<number>, ids: number[], chunk: number): Promise<number> {
+async function prefill(
+  next: (ids: number[]) => Promise<number>,
+  ids: number[],
+  chunk: number,
+): Promise<number> {
   let id = 0;
   for (let i = 0; i < ids.length; i += chunk) id = await next(ids.slice(i, i + chunk));
   return id;
@@ -142,7 +146,10 @@ async function encodePrompt(
   }
   for (const id of ids) {
     if (!Number.isInteger(id) || id < 0 || id >= vocabSize) {
-      throw new EacMoeError('INVALID_ARGUMENT', `prompt: token id ${id} is not an integer from 0 to ${vocabSize - 1}`);
+      throw new EacMoeError(
+        'INVALID_ARGUMENT',
+        `prompt: token id ${id} is not an integer from 0 to ${vocabSize - 1}`,
+      );
     }
   }
   return ids;
@@ -190,7 +197,12 @@ class StopText {
 }
 
 function check(options: GenerateOptions): Checked {
-  const number = (name: keyof GenerateOptions, fallback: number, ok: (n: number) => boolean, what: string) => {
+  const number = (
+    name: keyof GenerateOptions,
+    fallback: number,
+    ok: (n: number) => boolean,
+    what: string,
+  ) => {
     const value = options[name] ?? fallback;
     if (typeof value !== 'number' || !ok(value)) {
       throw new EacMoeError('INVALID_ARGUMENT', `${name} must be ${what}; found ${JSON.stringify(value)}`);

@@ -48,7 +48,13 @@ export interface LayerStages {
   registers: LayerRegisters;
 }
 
-export function pushNorm(b: ProgramBuilder, w: WeightSource, norm: NormSpec, x: Register, out: Register): void {
+export function pushNorm(
+  b: ProgramBuilder,
+  w: WeightSource,
+  norm: NormSpec,
+  x: Register,
+  out: Register,
+): void {
   const weight = w.tensor(norm.weight, [norm.size]);
   if (norm.kind === 'rms') b.push({ op: 'rmsNorm', x, out, weight, eps: norm.eps });
   else {

@@ -168,7 +168,8 @@ export class MoeModel {
    */
   generate(
     prompt: string | ArrayLike<number> | ChatMessage[],
-    options: GenerateOptions = {}): ReturnType<typeof generate> {
+    options: GenerateOptions = {},
+  ): ReturnType<typeof generate> {
     return generate(this, prompt, options);
   }
 
@@ -217,7 +218,10 @@ export function setDevice({ device = 'auto', threads }: LoadOptions): void {
     throw new EacMoeError('INVALID_ARGUMENT', `device must be 'auto', 'cpu' or 'cuda'; found '${device}'`);
   }
   if (device === 'cuda') {
-    throw new EacMoeError('INVALID_ARGUMENT', `device 'cuda': this version has no CUDA backend; use 'auto' or 'cpu'`);
+    throw new EacMoeError(
+      'INVALID_ARGUMENT',
+      `device 'cuda': this version has no CUDA backend; use 'auto' or 'cpu'`,
+    );
   }
   if (threads === undefined) return;
   if (!Number.isInteger(threads) || threads < 1) {
@@ -231,7 +235,10 @@ function checkIds(ids: ArrayLike<number>, vocabSize: number): Int32Array {
   for (let i = 0; i < ids.length; i++) {
     const id = ids[i]!;
     if (!Number.isInteger(id) || id < 0 || id >= vocabSize) {
-      throw new EacMoeError('INVALID_ARGUMENT', `ids[${i}] is ${id}; expected an integer from 0 to ${vocabSize - 1}`);
+      throw new EacMoeError(
+        'INVALID_ARGUMENT',
+        `ids[${i}] is ${id}; expected an integer from 0 to ${vocabSize - 1}`,
+      );
     }
   }
   return Int32Array.from(ids);

@@ -1,7 +1,13 @@
 /** The weights of a checkpoint as the decoder asks for them: mapped tensors, and quantized matrices repacked once. */
 import type { Matrix, Tensor } from '../../types/native';
 import type { LayerSpec, LinearSpec } from '../architecture/types';
-import { moduleOf, QUANTIZED_PARTS, readMatrix, type Quantization, type TensorReader } from '../checkpoint/quantized';
+import {
+  moduleOf,
+  QUANTIZED_PARTS,
+  readMatrix,
+  type Quantization,
+  type TensorReader,
+} from '../checkpoint/quantized';
 import { abortError } from '../native';
 import type { WeightSource } from './layer';
 

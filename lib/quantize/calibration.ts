@@ -18,17 +18,26 @@ export interface CalibrationRequest {
 const SAMPLING_BYTES = 2 ** 30;
 
 /** At most `samples` sequences of at most `seqLen` token ids. */
-export async function calibrationSequences(model: MoeModel, request: CalibrationRequest): Promise<Int32Array[]> {
+export async function calibrationSequences(
+  model: MoeModel,
+  request: CalibrationRequest,
+): Promise<Int32Array[]> {
   const { source, samples, seqLen, seed } = request;
   if (source === 'self') return sampleSelf(model, request);
   if (!Array.isArray(source)) {
-    throw new EacMoeError('CALIBRATION', `calibration must be a list of texts, a list of token arrays, or 'self'`);
+    throw new EacMoeError(
+      'CALIBRATION',
+      `calibration must be a list of texts, a list of token arrays, or 'self'`,
+    );
   }
   const all = source.every((s) => typeof s === 'string')
     ? windows(await joinTexts(model, source, request.signal), seqLen)
     : source.flatMap((ids, i) => cut(checkTokens(ids, i, model.architecture.vocabSize), seqLen));
   if (all.length === 0) {
-    throw new EacMoeError('CALIBRATION', 'calibration: the texts are empty; give some text, or calibration: \'self\'');
+    throw new EacMoeError(
+      'CALIBRATION',
+      "calibration: the texts are empty; give some text, or calibration: 'self'",
+    );
   }
   return spread(all, samples, seed);
 }

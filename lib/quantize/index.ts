@@ -13,7 +13,14 @@ import { CheckpointWeights, layerMatrices } from '../model/weights';
 import { native, withSignal } from '../native';
 import { version } from '../version';
 import { calibrationSequences } from './calibration';
-import { advanceLayer, quantizeLayer, roundLayer, type LayerJob, type LayerResult, type Streams } from './layer';
+import {
+  advanceLayer,
+  quantizeLayer,
+  roundLayer,
+  type LayerJob,
+  type LayerResult,
+  type Streams,
+} from './layer';
 import type { LayerReport, QuantizeOptions, QuantizeReport } from './options';
 import { calibrationHash, QuantizedOutput } from './output';
 import { estimateSize } from './plan';
@@ -50,7 +57,10 @@ export async function quantizeCheckpoint(source: string, options: QuantizeOption
     const quantization = quantizationOf(checkpoint.config);
     if (quantization) {
       const by = quantization.quantizers.join(', ') || 'another program';
-      throw new EacMoeError('UNSUPPORTED_MODEL', `${source}: is already quantized (by ${by}); quantize the original, unquantized model`);
+      throw new EacMoeError(
+        'UNSUPPORTED_MODEL',
+        `${source}: is already quantized (by ${by}); quantize the original, unquantized model`,
+      );
     }
     const architecture = describe(checkpoint.config);
     checkTensors(architecture, checkpoint);
@@ -103,7 +113,11 @@ class Quantizer {
     };
     const { averageBits, averageBitsWithOverhead } = size;
     this.#progress('write', 0.99, 'finishing');
-    const bytes = await output.finish({ averageBits, averageBitsWithOverhead, calibrationTokens: calibration });
+    const bytes = await output.finish({
+      averageBits,
+      averageBitsWithOverhead,
+      calibrationTokens: calibration,
+    });
     this.#progress('write', 1, 'done');
     return {
       version,
@@ -129,14 +143,17 @@ class Quantizer {
     if (given || !needsCalibration(this.recipe)) return given ?? [];
     const saved = output.savedCalibration();
     if (saved) return saved;
-    const sampled = await this.#withModel((model) => calibrationSequences(model, { ...this.#request(), source: 'self' }));
+    const sampled = await this.#withModel((model) =>
+      calibrationSequences(model, { ...this.#request(), source: 'self' }),
+    );
     await output.saveCalibration(sampled);
     return sampled;
   }
 
   #request() {
     const { samples, seqLen, seed } = this.recipe;
-    const onProgress = (f: number) => this.#progress('sample', CHECK + f * (SAMPLE - CHECK), 'sampling calibration text');
+    const onProgress = (f: number) =>
+      this.#progress('sample', CHECK + f * (SAMPLE - CHECK), 'sampling calibration text');
     return { samples, seqLen, seed, signal: this.options.signal, onProgress };
   }
 
@@ -161,7 +178,8 @@ class Quantizer {
       this.checkpoint.release([name]);
       if (nonFinite >= 0) {
         const { file, shape } = this.checkpoint.info(name);
-        const index = shape.length === 2 ? [Math.floor(nonFinite / shape[1]!), nonFinite % shape[1]!] : [nonFinite];
+        const index =
+          shape.length === 2 ? [Math.floor(nonFinite / shape[1]!), nonFinite % shape[1]!] : [nonFinite];
         throw new EacMoeError(
           'NON_FINITE',
           `${file}: tensor '${name}' holds NaN or infinity at [${index.join(', ')}]; the checkpoint is damaged`,
@@ -179,7 +197,13 @@ class Quantizer {
     const lengths = sequences.map((s) => s.length);
     const tokens = lengths.reduce((a, b) => a + b, 0);
     const zeros = () => native().zeros('f32', [tokens, hiddenSize]);
-    const streams: Streams = { full: zeros(), quantized: zeros(), xFull: zeros(), x: zeros(), batches: makeBatches(lengths) };
+    const streams: Streams = {
+      full: zeros(),
+      quantized: zeros(),
+      xFull: zeros(),
+      x: zeros(),
+      batches: makeBatches(lengths),
+    };
     const table = this.#weights.tensor(embedding.weight, [vocabSize, hiddenSize]);
     let row = 0;
     for (const ids of sequences) {
@@ -251,7 +275,12 @@ class Quantizer {
     const start = (this.options.calibration ?? 'self') === 'self' ? SAMPLE : CHECK;
     const { length } = this.architecture.layers;
     const fraction = start + ((0.99 - start) * (layer + part)) / length;
-    this.options.onProgress?.({ stage: 'calibrate', layer, fraction, message: `layer ${layer + 1}/${length}: ${what}` });
+    this.options.onProgress?.({
+      stage: 'calibrate',
+      layer,
+      fraction,
+      message: `layer ${layer + 1}/${length}: ${what}`,
+    });
   }
 
   #progress(stage: 'check' | 'sample' | 'write', fraction: number, message: string): void {

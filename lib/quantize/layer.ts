@@ -58,7 +58,13 @@ export async function advanceLayer(job: LayerJob, streams: Streams, quantized: W
     const runner = new LayerRunner(job.spec, weights);
     const { stages } = runner;
     for (const batch of streams.batches) {
-      await runner.run(batch, [[stages.registers.h, h]], stages.attentionNorm, stages.feedForward, job.control);
+      await runner.run(
+        batch,
+        [[stages.registers.h, h]],
+        stages.attentionNorm,
+        stages.feedForward,
+        job.control,
+      );
     }
     runner.dispose();
   }
@@ -128,9 +134,21 @@ class LayerQuantizer {
     const statistics = this.#statistics(linears);
     const quantized = this.#runner();
     for (const batch of statistics ? this.#streams.batches : []) {
-      const a = await quantized.run(batch, this.#hidden(quantized), quantized.stages.attentionNorm, quantized.stages.attentionNorm, control);
+      const a = await quantized.run(
+        batch,
+        this.#hidden(quantized),
+        quantized.stages.attentionNorm,
+        quantized.stages.attentionNorm,
+        control,
+      );
       const b = recipe.twoStreamTargets
-        ? await this.#full.run(batch, this.#hidden(this.#full), this.#full.stages.attentionNorm, this.#full.stages.attentionNorm, control)
+        ? await this.#full.run(
+            batch,
+            this.#hidden(this.#full),
+            this.#full.stages.attentionNorm,
+            this.#full.stages.attentionNorm,
+            control,
+          )
         : undefined;
       await statistics!.add(a.tensor(quantized.stages.registers.x), b?.tensor(this.#full.stages.registers.x));
     }
@@ -146,9 +164,21 @@ class LayerQuantizer {
     let quantized = this.#runner();
     for (const batch of this.#streams.batches) {
       const { stages } = this.#full;
-      const b = await this.#full.run(batch, this.#hidden(this.#full, true), stages.attentionNorm, stages.feedForwardNorm, control);
+      const b = await this.#full.run(
+        batch,
+        this.#hidden(this.#full, true),
+        stages.attentionNorm,
+        stages.feedForwardNorm,
+        control,
+      );
       if (!statistics) continue;
-      const a = await quantized.run(batch, this.#hidden(quantized), quantized.stages.attentionNorm, quantized.stages.attention, control);
+      const a = await quantized.run(
+        batch,
+        this.#hidden(quantized),
+        quantized.stages.attentionNorm,
+        quantized.stages.attention,
+        control,
+      );
       await statistics.add(a.tensor(quantized.stages.registers.context), b.tensor(stages.registers.context));
     }
     quantized.dispose();
@@ -156,7 +186,13 @@ class LayerQuantizer {
     await this.#quantizeTogether([o], 'attention', statistics);
     quantized = this.#runner();
     for (const batch of this.#streams.batches) {
-      await quantized.run(batch, this.#hidden(quantized, true), quantized.stages.attentionNorm, quantized.stages.feedForwardNorm, control);
+      await quantized.run(
+        batch,
+        this.#hidden(quantized, true),
+        quantized.stages.attentionNorm,
+        quantized.stages.feedForwardNorm,
+        control,
+      );
     }
     quantized.dispose();
   }
@@ -186,7 +222,11 @@ class LayerQuantizer {
     onProgress(0.9, 'forward');
     await this.#advance(full, outcome.routing);
     for (const routing of [full, outcome.routing]) routing.dispose();
-    return { ...outcome.report, expertTokens: [Math.min(...counts), Math.max(...counts)], starvedExperts: starved };
+    return {
+      ...outcome.report,
+      expertTokens: [Math.min(...counts), Math.max(...counts)],
+      starvedExperts: starved,
+    };
   }
 
   async #dense(spec: DenseSpec): Promise<void> {
@@ -210,7 +250,10 @@ class LayerQuantizer {
           starved.push(e);
           list = await routing.topUp(e, list, recipe.minExpertTokens);
         }
-        const selection = { rows: list.tokens, weights: hessianWeights(list.weights, recipe.routingWeightPower) };
+        const selection = {
+          rows: list.tokens,
+          weights: hessianWeights(list.weights, recipe.routingWeightPower),
+        };
         await this.#glu(moe.experts[e]!, 'expert', moe.activation, selection);
         onProgress(0.2 + (0.65 * ++done) / moe.experts.length, `experts (${done} of ${moe.experts.length})`);
       }
@@ -224,7 +267,12 @@ class LayerQuantizer {
   }
 
   /** gate and up, then down behind them, from the given rows of the stored inputs (null: all). */
-  async #glu(spec: GluSpec, kind: string, activation: MoeSpec['activation'], selection: Selection | null): Promise<void> {
+  async #glu(
+    spec: GluSpec,
+    kind: string,
+    activation: MoeSpec['activation'],
+    selection: Selection | null,
+  ): Promise<void> {
     const { source, control } = this.#job;
     let statistics = this.#statistics([spec.gate, spec.up]);
     if (statistics) await this.#eachInput(selection, (x, xFull, w) => statistics!.add(x, xFull, w));
@@ -258,14 +306,24 @@ class LayerQuantizer {
       ];
       if (routing && moe) bindings.push(...routing.bindings(moe));
       for (const batch of this.#streams.batches) {
-        await runner.run(batch, bindings, runner.stages.feedForward, runner.stages.feedForward, this.#job.control);
+        await runner.run(
+          batch,
+          bindings,
+          runner.stages.feedForward,
+          runner.stages.feedForward,
+          this.#job.control,
+        );
       }
       runner.release();
     }
     q.dispose();
   }
 
-  async #quantizeTogether(linears: LinearSpec[], kind: string, statistics: InputStatistics | undefined): Promise<void> {
+  async #quantizeTogether(
+    linears: LinearSpec[],
+    kind: string,
+    statistics: InputStatistics | undefined,
+  ): Promise<void> {
     const { recipe, source, control } = this.#job;
     const planned = linears.filter((spec) => recipe.plan.get(spec.weight));
     const solver: Solver | undefined = await statistics?.solver(linears[0]!.weight, recipe, control);

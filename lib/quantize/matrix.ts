@@ -80,7 +80,10 @@ export class Solver {
 export function sourceTensor(weights: WeightSource, spec: LinearSpec): Tensor {
   const w: Matrix = weights.matrix(spec);
   if (!('dtype' in w)) {
-    throw new EacMoeError('UNSUPPORTED_MODEL', `'${spec.weight}' is already quantized; quantize the original, unquantized model`);
+    throw new EacMoeError(
+      'UNSUPPORTED_MODEL',
+      `'${spec.weight}' is already quantized; quantize the original, unquantized model`,
+    );
   }
   return w;
 }

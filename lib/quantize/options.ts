@@ -117,4 +117,3 @@ export interface QuantizeReport {
   layers: LayerReport[];
   seconds: number;
 }
-

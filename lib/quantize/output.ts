@@ -11,7 +11,13 @@ import { basename, dirname, join, resolve } from 'node:path';
 import type { Matrix, Tensor } from '../../types/native';
 import type { Architecture } from '../architecture/types';
 import { requiredTensors } from '../architecture/tensors';
-import { copyCompanionFiles, readJsonObject, removeTemporaryFiles, sha256, writeJson } from '../checkpoint/files';
+import {
+  copyCompanionFiles,
+  readJsonObject,
+  removeTemporaryFiles,
+  sha256,
+  writeJson,
+} from '../checkpoint/files';
 import { moduleOf, quantizationConfig, quantizedEntries } from '../checkpoint/quantized';
 import { openSafetensors, writeSafetensors, type TensorEntry } from '../checkpoint/safetensors';
 import { UNFINISHED, type Checkpoint } from '../checkpoint/source';
@@ -48,7 +54,14 @@ export class QuantizedOutput {
   readonly #recipe: Recipe;
   readonly #job: Job;
 
-  private constructor(dir: string, source: Checkpoint, architecture: Architecture, recipe: Recipe, job: Job, layers: SavedLayer[]) {
+  private constructor(
+    dir: string,
+    source: Checkpoint,
+    architecture: Architecture,
+    recipe: Recipe,
+    job: Job,
+    layers: SavedLayer[],
+  ) {
     this.dir = dir;
     this.#source = source;
     this.#architecture = architecture;
@@ -136,7 +149,10 @@ export class QuantizedOutput {
     const config = this.#source.config.raw;
     await writeJson(join(this.dir, 'config.json'), {
       ...config,
-      quantization_config: quantizationConfig(planModules(this.#architecture, this.#recipe.plan), `eac-moe:${version}`),
+      quantization_config: quantizationConfig(
+        planModules(this.#architecture, this.#recipe.plan),
+        `eac-moe:${version}`,
+      ),
     });
     for (const name of [CALIBRATION, PARTIAL]) await rm(join(this.dir, name), { force: true });
     return bytes;
@@ -179,7 +195,9 @@ export class QuantizedOutput {
 
 /** A hash of calibration sequences. */
 export function calibrationHash(sequences: Int32Array[]): string {
-  return sha256(sequences.flatMap((s) => [`${s.length}:`, new Uint8Array(s.buffer, s.byteOffset, s.byteLength)]));
+  return sha256(
+    sequences.flatMap((s) => [`${s.length}:`, new Uint8Array(s.buffer, s.byteOffset, s.byteLength)]),
+  );
 }
 
 /** The finished layers of an unfinished run of the same job; anything else in the directory is an error. */
@@ -189,12 +207,18 @@ async function savedLayers(dir: string, job: Job, resume: boolean): Promise<Save
   try {
     names = await readdir(dir);
   } catch (cause) {
-    throw new EacMoeError('OUTPUT', `${dir}: cannot be used as output directory: ${(cause as Error).message}`, { cause });
+    throw new EacMoeError(
+      'OUTPUT',
+      `${dir}: cannot be used as output directory: ${(cause as Error).message}`,
+      { cause },
+    );
   }
   if (names.length === 0) return [];
   const partial = join(dir, PARTIAL);
   if (!existsSync(partial)) {
-    const what = names.includes(REPORT) ? 'already holds a quantized checkpoint' : `already holds something else (${names.sort()[0]!})`;
+    const what = names.includes(REPORT)
+      ? 'already holds a quantized checkpoint'
+      : `already holds something else (${names.sort()[0]!})`;
     throw new EacMoeError('OUTPUT', `${dir}: ${what}; choose another directory, or remove it first`);
   }
   const saved = readJsonObject(partial) as unknown as Job & { layers: SavedLayer[] };
@@ -207,7 +231,8 @@ async function savedLayers(dir: string, job: Job, resume: boolean): Promise<Save
     );
   }
   for (const name of names) {
-    const ours = name === PARTIAL || name === CALIBRATION || name === INDEX || name === REPORT || name === 'config.json';
+    const ours =
+      name === PARTIAL || name === CALIBRATION || name === INDEX || name === REPORT || name === 'config.json';
     if (ours || /^model-\d{5}-of-\d{5}\.safetensors$/.test(name)) await rm(join(dir, name), { force: true });
   }
   return [];
@@ -217,7 +242,8 @@ async function savedLayers(dir: string, job: Job, resume: boolean): Promise<Save
 function difference(a: Job, b: Job): string | null {
   for (const key of ['version', 'source'] as const) if (a[key] !== b[key]) return key;
   for (const key of new Set([...Object.keys(a.recipe), ...Object.keys(b.recipe)])) {
-    if (JSON.stringify(a.recipe[key]) !== JSON.stringify(b.recipe[key])) return key === 'plan' ? 'plan of bits' : key;
+    if (JSON.stringify(a.recipe[key]) !== JSON.stringify(b.recipe[key]))
+      return key === 'plan' ? 'plan of bits' : key;
   }
   return a.calibration === b.calibration ? null : 'calibration';
 }
@@ -238,6 +264,9 @@ async function checkSpace(dir: string, bytes: number): Promise<void> {
   const free = Number(bavail) * Number(bsize);
   if (free < bytes) {
     const mb = (n: number) => `${Math.ceil(n / 1e6)} MB`;
-    throw new EacMoeError('OUTPUT', `${dir}: the disk has ${mb(free)} free, the checkpoint needs about ${mb(bytes)}`);
+    throw new EacMoeError(
+      'OUTPUT',
+      `${dir}: the disk has ${mb(free)} free, the checkpoint needs about ${mb(bytes)}`,
+    );
   }
 }

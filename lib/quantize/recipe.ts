@@ -36,7 +36,10 @@ export function defaultWindow(experts: number, topK: number): number {
 }
 
 function invalid(name: string, what: string, found: unknown): never {
-  throw new EacMoeError('INVALID_ARGUMENT', `${name} must be ${what}; found ${JSON.stringify(found) ?? String(found)}`);
+  throw new EacMoeError(
+    'INVALID_ARGUMENT',
+    `${name} must be ${what}; found ${JSON.stringify(found) ?? String(found)}`,
+  );
 }
 
 function number(name: string, value: number, ok: boolean, what: string): number {
@@ -70,7 +73,10 @@ export function makeRecipe(architecture: Architecture, o: QuantizeOptions): Reci
     symmetric: o.symmetric,
   });
   if ([...plan.values()].every((q) => q === null)) {
-    throw new EacMoeError('INVALID_ARGUMENT', 'bits leaves every matrix at 16 bit: there is nothing to quantize');
+    throw new EacMoeError(
+      'INVALID_ARGUMENT',
+      'bits leaves every matrix at 16 bit: there is nothing to quantize',
+    );
   }
   return {
     method,
@@ -78,7 +84,12 @@ export function makeRecipe(architecture: Architecture, o: QuantizeOptions): Reci
     router: routerRecipe(o.router),
     actOrder: boolean('actOrder', o.actOrder ?? true),
     twoStreamTargets: boolean('twoStreamTargets', o.twoStreamTargets ?? true),
-    routingWeightPower: number('routingWeightPower', routingWeightPower, routingWeightPower >= 0, 'a number >= 0'),
+    routingWeightPower: number(
+      'routingWeightPower',
+      routingWeightPower,
+      routingWeightPower >= 0,
+      'a number >= 0',
+    ),
     clipSearch: boolean('clipSearch', o.clipSearch ?? false),
     damping: number('damping', damping, damping > 0, 'a positive number'),
     minExpertTokens: integer('minExpertTokens', o.minExpertTokens ?? 256, 0),

@@ -147,7 +147,14 @@ export async function calibrateRouter(job: RouterJob): Promise<RouterOutcome> {
   const { recipe, weight, full, batches } = job;
   const before = await route(job, weight);
   const shiftBefore = await before.shift(full, batches);
-  const original = { iterations: 0, lossBefore: 0, lossAfter: 0, shiftBefore, shiftAfter: shiftBefore, kept: false };
+  const original = {
+    iterations: 0,
+    lossBefore: 0,
+    lossAfter: 0,
+    shiftBefore,
+    shiftAfter: shiftBefore,
+    kept: false,
+  };
   if (!recipe.router) return { routing: before, report: original };
 
   const factor = await inputFactor(job);
@@ -180,7 +187,8 @@ async function fitAndJudge(
   if (held > 0) {
     const judges = batches.slice(-held);
     const { routing } = await fit(job, factor, batches.length - held);
-    const worse = (await routing.shift(full, judges)).changedAny > (await before.shift(full, judges)).changedAny;
+    const worse =
+      (await routing.shift(full, judges)).changedAny > (await before.shift(full, judges)).changedAny;
     routing.dispose();
     if (worse) return { routing: before, report: original };
   }

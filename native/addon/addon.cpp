@@ -46,7 +46,8 @@ Napi::Value from_bytes(Info info) {
   if (!info[0].IsTypedArray()) throw_invalid("expected a Uint8Array for data");
   const auto bytes = info[0].As<Napi::Uint8Array>();
   Tensor t = Tensor::zeros(dtype_from(info[1]), shape_from(info[2]));
-  if (bytes.ByteLength() != t.bytes()) throw_invalid("expected " + std::to_string(t.bytes()) + " bytes, found " + std::to_string(bytes.ByteLength()));
+  if (bytes.ByteLength() != t.bytes())
+    throw_invalid("expected " + std::to_string(t.bytes()) + " bytes, found " + std::to_string(bytes.ByteLength()));
   std::memcpy(t.data, bytes.Data(), t.bytes());
   return wrap_tensor(info.Env(), std::move(t));
 }

@@ -32,15 +32,11 @@ inline Napi::Value error_value(Napi::Env env, const std::string& code, const std
 template <class F> auto guarded(Napi::Env env, F body) -> decltype(body()) {
   try {
     return body();
-  } catch (const Napi::Error&) {
-    throw;
-  } catch (const Error& e) {
+  } catch (const Napi::Error&) { throw; } catch (const Error& e) {
     napi_throw(env, error_value(env, e.code, e.what()));
   } catch (const std::bad_alloc&) {
     napi_throw(env, error_value(env, "OUT_OF_MEMORY", "out of memory"));
-  } catch (const std::exception& e) {
-    napi_throw(env, error_value(env, "INTERNAL", e.what()));
-  }
+  } catch (const std::exception& e) { napi_throw(env, error_value(env, "INTERNAL", e.what())); }
   return decltype(body())();
 }
 
@@ -67,13 +63,9 @@ template <class Result> class Job : public Napi::AsyncWorker {
       CancelScope scope(flag_);
       throw_if_cancelled();
       result_.emplace(compute_());
-    } catch (const Error& e) {
-      code_ = e.code, message_ = e.what();
-    } catch (const std::bad_alloc&) {
+    } catch (const Error& e) { code_ = e.code, message_ = e.what(); } catch (const std::bad_alloc&) {
       code_ = "OUT_OF_MEMORY", message_ = "out of memory";
-    } catch (const std::exception& e) {
-      code_ = "INTERNAL", message_ = e.what();
-    }
+    } catch (const std::exception& e) { code_ = "INTERNAL", message_ = e.what(); }
     compute_ = nullptr;  // lets go of the operands before JavaScript hears of the result
   }
   void OnOK() override {
@@ -82,14 +74,15 @@ template <class Result> class Job : public Napi::AsyncWorker {
     if (!result_) return deferred_.Reject(error_value(Env(), code_, message_));
     try {
       deferred_.Resolve(convert_(Env(), *result_));
-    } catch (const Napi::Error& e) {
-      deferred_.Reject(e.Value());
-    }
+    } catch (const Napi::Error& e) { deferred_.Reject(e.Value()); }
   }
 
  private:
   Job(Napi::Env env, Compute compute, Convert convert)
-      : Napi::AsyncWorker(env), deferred_(Napi::Promise::Deferred::New(env)), compute_(std::move(compute)), convert_(std::move(convert)) {}
+      : Napi::AsyncWorker(env),
+        deferred_(Napi::Promise::Deferred::New(env)),
+        compute_(std::move(compute)),
+        convert_(std::move(convert)) {}
 
   Napi::Promise::Deferred deferred_;
   Compute compute_;

@@ -3,7 +3,10 @@
 namespace eac::addon {
 
 namespace {
-struct DTypeName { DType dtype; const char* name; };
+struct DTypeName {
+  DType dtype;
+  const char* name;
+};
 constexpr DTypeName dtypes[] = {{DType::f32, "f32"}, {DType::f16, "f16"}, {DType::bf16, "bf16"},
                                 {DType::f64, "f64"}, {DType::i32, "i32"}, {DType::u8, "u8"}};
 
@@ -19,7 +22,8 @@ template <class T> Napi::Value typed_copy(Napi::Env env, const void* data, int64
 int64_t index_from(const Napi::Value& v, const char* what) {
   if (!v.IsNumber()) throw_invalid(std::string("expected a number for ") + what);
   const double d = v.As<Napi::Number>().DoubleValue();
-  if (!(d >= 0 && d <= 9007199254740991.0) || d != double(int64_t(d))) throw_invalid(std::string("expected a whole number for ") + what);
+  if (!(d >= 0 && d <= 9007199254740991.0) || d != double(int64_t(d)))
+    throw_invalid(std::string("expected a whole number for ") + what);
   return int64_t(d);
 }
 }  // namespace
@@ -55,11 +59,14 @@ Matrix matrix_from(const Napi::Value& v, const char* what) {
 std::shared_ptr<Tensor> float_matrix_from(const Napi::Value& v, const char* what, std::optional<DType> dtype) {
   auto t = TensorHandle::from(v, what);
   const bool ok = dtype ? t->dtype == *dtype : (t->dtype == DType::f32 || t->dtype == DType::f16 || t->dtype == DType::bf16);
-  if (!ok) throw_invalid(std::string(what) + " has dtype " + dtype_name(t->dtype) + "; expected " + (dtype ? dtype_name(*dtype) : "f32, f16 or bf16"));
+  if (!ok)
+    throw_invalid(std::string(what) + " has dtype " + dtype_name(t->dtype) + "; expected " +
+                  (dtype ? dtype_name(*dtype) : "f32, f16 or bf16"));
   return t;
 }
 std::vector<int32_t> i32_from(const Napi::Value& v, const char* what) {
-  if (!v.IsTypedArray() || v.As<Napi::TypedArray>().TypedArrayType() != napi_int32_array) throw_invalid(std::string("expected an Int32Array for ") + what);
+  if (!v.IsTypedArray() || v.As<Napi::TypedArray>().TypedArrayType() != napi_int32_array)
+    throw_invalid(std::string("expected an Int32Array for ") + what);
   auto a = v.As<Napi::Int32Array>();
   return {a.Data(), a.Data() + a.ElementLength()};
 }
@@ -73,16 +80,19 @@ Napi::Value to_js_array(Napi::Env env, const Tensor& t) {
 }
 
 void TensorHandle::define(Napi::Env env, Napi::Object exports) {
-  Napi::Function f = DefineClass(env, class_name, {
-    InstanceAccessor<&TensorHandle::dtype>("dtype"), InstanceAccessor<&TensorHandle::shape>("shape"),
-    InstanceAccessor<&TensorHandle::byte_length>("byteLength"), InstanceMethod<&TensorHandle::rows>("rows"),
-    InstanceMethod<&TensorHandle::reshape>("reshape"), InstanceMethod<&TensorHandle::to_array>("toArray"),
-    InstanceMethod<&TensorHandle::to_bytes>("toBytes"), InstanceMethod<&TensorHandle::write>("write"),
-    InstanceMethod("dispose", &TensorHandle::dispose)});
+  Napi::Function f =
+      DefineClass(env, class_name,
+                  {InstanceAccessor<&TensorHandle::dtype>("dtype"), InstanceAccessor<&TensorHandle::shape>("shape"),
+                   InstanceAccessor<&TensorHandle::byte_length>("byteLength"), InstanceMethod<&TensorHandle::rows>("rows"),
+                   InstanceMethod<&TensorHandle::reshape>("reshape"), InstanceMethod<&TensorHandle::to_array>("toArray"),
+                   InstanceMethod<&TensorHandle::to_bytes>("toBytes"), InstanceMethod<&TensorHandle::write>("write"),
+                   InstanceMethod("dispose", &TensorHandle::dispose)});
   constructor(env) = Napi::Persistent(f);
   exports[class_name] = f;
 }
-Napi::Value TensorHandle::dtype(const Napi::CallbackInfo& info) { GUARDED(return Napi::String::New(info.Env(), dtype_name(get()->dtype))); }
+Napi::Value TensorHandle::dtype(const Napi::CallbackInfo& info) {
+  GUARDED(return Napi::String::New(info.Env(), dtype_name(get()->dtype)));
+}
 Napi::Value TensorHandle::shape(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
     const auto t = get();
@@ -91,12 +101,16 @@ Napi::Value TensorHandle::shape(const Napi::CallbackInfo& info) {
     return a;
   });
 }
-Napi::Value TensorHandle::byte_length(const Napi::CallbackInfo& info) { GUARDED(return Napi::Number::New(info.Env(), double(get()->bytes()))); }
+Napi::Value TensorHandle::byte_length(const Napi::CallbackInfo& info) {
+  GUARDED(return Napi::Number::New(info.Env(), double(get()->bytes())));
+}
 Napi::Value TensorHandle::rows(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
     const auto t = get();
     const int64_t begin = index_from(info[0], "begin"), end = index_from(info[1], "end");
-    if (begin > end || end > t->rows()) throw_invalid("rows " + std::to_string(begin) + " to " + std::to_string(end) + " of a tensor with " + std::to_string(t->rows()));
+    if (begin > end || end > t->rows())
+      throw_invalid("rows " + std::to_string(begin) + " to " + std::to_string(end) + " of a tensor with " +
+                    std::to_string(t->rows()));
     return wrap_tensor(info.Env(), t->row_range(begin, end));
   });
 }
@@ -110,23 +124,26 @@ Napi::Value TensorHandle::reshape(const Napi::CallbackInfo& info) {
   });
 }
 Napi::Value TensorHandle::to_array(const Napi::CallbackInfo& info) { GUARDED(return to_js_array(info.Env(), *get())); }
-Napi::Value TensorHandle::to_bytes(const Napi::CallbackInfo& info) { GUARDED(return typed_copy<uint8_t>(info.Env(), get()->data, int64_t(get()->bytes()))); }
+Napi::Value TensorHandle::to_bytes(const Napi::CallbackInfo& info) {
+  GUARDED(return typed_copy<uint8_t>(info.Env(), get()->data, int64_t(get()->bytes())));
+}
 
 namespace {
 template <class Source> void convert_into(const Source* src, Tensor& t) {
   for (int64_t i = 0; i < t.size(); i++) switch (t.dtype) {
-    case DType::f32: t.f32()[i] = float(src[i]); break;
-    case DType::f64: t.as<double>()[i] = double(src[i]); break;
-    case DType::f16: t.as<uint16_t>()[i] = f32_to_f16(float(src[i])); break;
-    case DType::bf16: t.as<uint16_t>()[i] = f32_to_bf16(float(src[i])); break;
-    case DType::i32: t.i32()[i] = int32_t(src[i]); break;
-    case DType::u8: t.as<uint8_t>()[i] = uint8_t(src[i]); break;
-  }
+      case DType::f32: t.f32()[i] = float(src[i]); break;
+      case DType::f64: t.as<double>()[i] = double(src[i]); break;
+      case DType::f16: t.as<uint16_t>()[i] = f32_to_f16(float(src[i])); break;
+      case DType::bf16: t.as<uint16_t>()[i] = f32_to_bf16(float(src[i])); break;
+      case DType::i32: t.i32()[i] = int32_t(src[i]); break;
+      case DType::u8: t.as<uint8_t>()[i] = uint8_t(src[i]); break;
+    }
 }
 void write_array(const Napi::Value& v, Tensor& t) {
   if (!v.IsTypedArray()) throw_invalid("expected a typed array");
   const auto a = v.As<Napi::TypedArray>();
-  if (int64_t(a.ElementLength()) != t.size()) throw_invalid("expected " + std::to_string(t.size()) + " numbers, found " + std::to_string(a.ElementLength()));
+  if (int64_t(a.ElementLength()) != t.size())
+    throw_invalid("expected " + std::to_string(t.size()) + " numbers, found " + std::to_string(a.ElementLength()));
   switch (a.TypedArrayType()) {
     case napi_float32_array: return convert_into(v.As<Napi::Float32Array>().Data(), t);
     case napi_float64_array: return convert_into(v.As<Napi::Float64Array>().Data(), t);
@@ -147,7 +164,8 @@ Napi::Value TensorHandle::write(const Napi::CallbackInfo& info) {
 
 namespace {
 Napi::Value start_tensor(Napi::Env env, std::function<Tensor()> compute) {
-  return Job<Tensor>::start(env, env.Undefined(), std::move(compute), [](Napi::Env e, Tensor& t) { return wrap_tensor(e, std::move(t)); });
+  return Job<Tensor>::start(env, env.Undefined(), std::move(compute),
+                            [](Napi::Env e, Tensor& t) { return wrap_tensor(e, std::move(t)); });
 }
 }  // namespace
 
@@ -155,12 +173,13 @@ void QuantMatrixHandle::define(Napi::Env env, Napi::Object exports) {
   const auto property = [](const char* name, int which) {
     return InstanceAccessor<&QuantMatrixHandle::property>(name, napi_default, reinterpret_cast<void*>(intptr_t(which)));
   };
-  Napi::Function f = DefineClass(env, class_name, {
-    property("bits", 0), property("rows", 1), property("cols", 2), property("groupSize", 3), property("symmetric", 4),
-    InstanceAccessor<&QuantMatrixHandle::byte_length>("byteLength"), InstanceMethod<&QuantMatrixHandle::codes>("codes"),
-    InstanceMethod<&QuantMatrixHandle::scales>("scales"), InstanceMethod<&QuantMatrixHandle::zeros>("zeros"),
-    InstanceMethod<&QuantMatrixHandle::dequantize>("dequantize"), InstanceMethod<&QuantMatrixHandle::to_gptq>("toGptq"),
-    InstanceMethod("dispose", &QuantMatrixHandle::dispose)});
+  Napi::Function f = DefineClass(
+      env, class_name,
+      {property("bits", 0), property("rows", 1), property("cols", 2), property("groupSize", 3), property("symmetric", 4),
+       InstanceAccessor<&QuantMatrixHandle::byte_length>("byteLength"), InstanceMethod<&QuantMatrixHandle::codes>("codes"),
+       InstanceMethod<&QuantMatrixHandle::scales>("scales"), InstanceMethod<&QuantMatrixHandle::zeros>("zeros"),
+       InstanceMethod<&QuantMatrixHandle::dequantize>("dequantize"), InstanceMethod<&QuantMatrixHandle::to_gptq>("toGptq"),
+       InstanceMethod("dispose", &QuantMatrixHandle::dispose)});
   constructor(env) = Napi::Persistent(f);
   exports[class_name] = f;
 }
@@ -176,8 +195,12 @@ Napi::Value QuantMatrixHandle::property(const Napi::CallbackInfo& info) {
     }
   });
 }
-Napi::Value QuantMatrixHandle::byte_length(const Napi::CallbackInfo& info) { GUARDED(return Napi::Number::New(info.Env(), double(bytes_of(*get())))); }
-Napi::Value QuantMatrixHandle::codes(const Napi::CallbackInfo& info) { GUARDED(return start_tensor(info.Env(), [q = get()] { return unpack_codes(*q); })); }
+Napi::Value QuantMatrixHandle::byte_length(const Napi::CallbackInfo& info) {
+  GUARDED(return Napi::Number::New(info.Env(), double(bytes_of(*get()))));
+}
+Napi::Value QuantMatrixHandle::codes(const Napi::CallbackInfo& info) {
+  GUARDED(return start_tensor(info.Env(), [q = get()] { return unpack_codes(*q); }));
+}
 Napi::Value QuantMatrixHandle::scales(const Napi::CallbackInfo& info) { GUARDED(return wrap_tensor(info.Env(), get()->scales)); }
 Napi::Value QuantMatrixHandle::zeros(const Napi::CallbackInfo& info) { GUARDED(return wrap_tensor(info.Env(), get()->zeros)); }
 Napi::Value QuantMatrixHandle::dequantize(const Napi::CallbackInfo& info) {
@@ -199,14 +222,17 @@ Napi::Value QuantMatrixHandle::to_gptq(const Napi::CallbackInfo& info) {
 }
 
 void MappedFileHandle::define(Napi::Env env, Napi::Object exports) {
-  Napi::Function f = DefineClass(env, class_name, {
-    InstanceAccessor<&MappedFileHandle::byte_length>("byteLength"), InstanceMethod<&MappedFileHandle::bytes>("bytes"),
-    InstanceMethod<&MappedFileHandle::tensor>("tensor"), InstanceMethod<&MappedFileHandle::release>("release"),
-    InstanceMethod("dispose", &MappedFileHandle::dispose)});
+  Napi::Function f =
+      DefineClass(env, class_name,
+                  {InstanceAccessor<&MappedFileHandle::byte_length>("byteLength"),
+                   InstanceMethod<&MappedFileHandle::bytes>("bytes"), InstanceMethod<&MappedFileHandle::tensor>("tensor"),
+                   InstanceMethod<&MappedFileHandle::release>("release"), InstanceMethod("dispose", &MappedFileHandle::dispose)});
   constructor(env) = Napi::Persistent(f);
   exports[class_name] = f;
 }
-Napi::Value MappedFileHandle::byte_length(const Napi::CallbackInfo& info) { GUARDED(return Napi::Number::New(info.Env(), double(get()->size()))); }
+Napi::Value MappedFileHandle::byte_length(const Napi::CallbackInfo& info) {
+  GUARDED(return Napi::Number::New(info.Env(), double(get()->size())));
+}
 Napi::Value MappedFileHandle::bytes(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
     const auto file = get();
@@ -220,7 +246,8 @@ Napi::Value MappedFileHandle::tensor(const Napi::CallbackInfo& info) {
     const auto file = get();
     Tensor t{dtype_from(info[0]), shape_from(info[1]), nullptr, file};
     const int64_t offset = index_from(info[2], "byteOffset");
-    if (size_t(offset) > file->size() || t.bytes() > file->size() - size_t(offset)) throw_invalid("the tensor reaches beyond the file");
+    if (size_t(offset) > file->size() || t.bytes() > file->size() - size_t(offset))
+      throw_invalid("the tensor reaches beyond the file");
     t.data = file->data() + offset;
     if (uintptr_t(t.data) % dtype_size(t.dtype) != 0) {  // legal in the format, if unusual: give it an aligned copy
       Tensor copy = Tensor::zeros(t.dtype, t.shape);
@@ -238,26 +265,34 @@ Napi::Value MappedFileHandle::release(const Napi::CallbackInfo& info) {
 }
 
 void HessianFactorHandle::define(Napi::Env env, Napi::Object exports) {
-  Napi::Function f = DefineClass(env, class_name, {
-    InstanceAccessor<&HessianFactorHandle::size>("size"), InstanceMethod<&HessianFactorHandle::diagonal>("diagonal"),
-    InstanceMethod("dispose", &HessianFactorHandle::dispose)});
+  Napi::Function f = DefineClass(
+      env, class_name,
+      {InstanceAccessor<&HessianFactorHandle::size>("size"), InstanceMethod<&HessianFactorHandle::diagonal>("diagonal"),
+       InstanceMethod("dispose", &HessianFactorHandle::dispose)});
   constructor(env) = Napi::Persistent(f);
   exports[class_name] = f;
 }
-Napi::Value HessianFactorHandle::size(const Napi::CallbackInfo& info) { GUARDED(return Napi::Number::New(info.Env(), double(get()->n))); }
+Napi::Value HessianFactorHandle::size(const Napi::CallbackInfo& info) {
+  GUARDED(return Napi::Number::New(info.Env(), double(get()->n)));
+}
 Napi::Value HessianFactorHandle::diagonal(const Napi::CallbackInfo& info) {
   GUARDED(return typed_copy<float>(info.Env(), get()->diagonal.data(), int64_t(get()->diagonal.size())));
 }
 
 void KvCacheHandle::define(Napi::Env env, Napi::Object exports) {
-  Napi::Function f = DefineClass(env, class_name, {
-    InstanceAccessor<&KvCacheHandle::length>("length"), InstanceAccessor<&KvCacheHandle::byte_length>("byteLength"),
-    InstanceMethod<&KvCacheHandle::truncate>("truncate"), InstanceMethod("dispose", &KvCacheHandle::dispose)});
+  Napi::Function f = DefineClass(
+      env, class_name,
+      {InstanceAccessor<&KvCacheHandle::length>("length"), InstanceAccessor<&KvCacheHandle::byte_length>("byteLength"),
+       InstanceMethod<&KvCacheHandle::truncate>("truncate"), InstanceMethod("dispose", &KvCacheHandle::dispose)});
   constructor(env) = Napi::Persistent(f);
   exports[class_name] = f;
 }
-Napi::Value KvCacheHandle::length(const Napi::CallbackInfo& info) { GUARDED(return Napi::Number::New(info.Env(), double(get()->length))); }
-Napi::Value KvCacheHandle::byte_length(const Napi::CallbackInfo& info) { GUARDED(return Napi::Number::New(info.Env(), double(get()->bytes()))); }
+Napi::Value KvCacheHandle::length(const Napi::CallbackInfo& info) {
+  GUARDED(return Napi::Number::New(info.Env(), double(get()->length)));
+}
+Napi::Value KvCacheHandle::byte_length(const Napi::CallbackInfo& info) {
+  GUARDED(return Napi::Number::New(info.Env(), double(get()->bytes())));
+}
 Napi::Value KvCacheHandle::truncate(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
     const auto cache = get();

@@ -161,7 +161,9 @@ Matrix matrix_from(const Napi::Value& v, const char* what);
 std::shared_ptr<Tensor> float_matrix_from(const Napi::Value& v, const char* what, std::optional<DType> dtype = std::nullopt);
 std::vector<int32_t> i32_from(const Napi::Value& v, const char* what);
 Napi::Value to_js_array(Napi::Env env, const Tensor& t);
-inline Napi::Value wrap_tensor(Napi::Env env, Tensor t) { return TensorHandle::wrap(env, std::make_shared<Tensor>(std::move(t))); }
+inline Napi::Value wrap_tensor(Napi::Env env, Tensor t) {
+  return TensorHandle::wrap(env, std::make_shared<Tensor>(std::move(t)));
+}
 inline double number_from(const Napi::Object& o, const char* key) {
   const Napi::Value v = o.Get(key);
   if (!v.IsNumber()) throw_invalid(std::string("expected a number for ") + key);

@@ -12,7 +12,10 @@ struct Reader {
   op::Register reg(const char* key) const { return op::Register(number_from(o, key)); }
   int64_t integer(const char* key) const { return int64_t(number_from(o, key)); }
   float real(const char* key) const { return float(number_from(o, key)); }
-  bool has(const char* key) const { const Napi::Value v = o.Get(key); return !v.IsUndefined() && !v.IsNull(); }
+  bool has(const char* key) const {
+    const Napi::Value v = o.Get(key);
+    return !v.IsUndefined() && !v.IsNull();
+  }
   std::string text(const char* key) const { return o.Get(key).ToString(); }
   Tensor tensor(const char* key) const { return *float_matrix_from(o.Get(key), key); }
   std::vector<float> floats(const char* key) const {
@@ -89,13 +92,19 @@ op::Op op_from(const Napi::Object& object, const std::vector<RegisterSpec>& regi
     a.scale = r.real("scale");
     return op::Attention{r.reg("q"), r.reg("k"), r.reg("v"), r.reg("out"), a};
   }
-  if (name == "route") return op::Route{r.reg("logits"), r.reg("weights"), r.reg("indices"), r.reg("counts"), r.router(experts())};
+  if (name == "route")
+    return op::Route{r.reg("logits"), r.reg("weights"), r.reg("indices"), r.reg("counts"), r.router(experts())};
   if (name == "reselect") return op::Reselect{r.reg("logits"), r.reg("weights"), r.reg("indices"), r.router(experts())};
   if (name == "experts")
-    return op::Experts{r.reg("x"), r.reg("weights"), r.reg("indices"), r.reg("out"),
-                       {r.matrices("gate"), r.matrices("up"), r.matrices("down"), r.activation()}, bool_from(object, "add")};
+    return op::Experts{r.reg("x"),
+                       r.reg("weights"),
+                       r.reg("indices"),
+                       r.reg("out"),
+                       {r.matrices("gate"), r.matrices("up"), r.matrices("down"), r.activation()},
+                       bool_from(object, "add")};
   if (name == "glu") return op::Glu{r.reg("gate"), r.reg("up"), r.activation()};
-  if (name == "gatedAdd") return op::GatedAdd{r.reg("x"), r.reg("out"), r.has("gate") ? std::optional(r.reg("gate")) : std::nullopt};
+  if (name == "gatedAdd")
+    return op::GatedAdd{r.reg("x"), r.reg("out"), r.has("gate") ? std::optional(r.reg("gate")) : std::nullopt};
   if (name == "copy") return op::Copy{r.reg("x"), r.reg("out")};
   if (name == "lastRows") return op::LastRows{r.reg("x"), r.reg("out")};
   if (name == "sample") return op::Sample{r.reg("logits"), r.reg("out")};
@@ -125,7 +134,8 @@ std::shared_ptr<Program> program_from(const Napi::Value& registers, const Napi::
   Napi::Array rs = registers.As<Napi::Array>();
   for (uint32_t i = 0; i < rs.Length(); i++) {
     const Napi::Object o = rs.Get(i).As<Napi::Object>();
-    program->registers.push_back({int64_t(number_from(o, "width")), dtype_from(o.Get("dtype")), std::string(o.Get("rows").ToString()) == "sequences"});
+    program->registers.push_back(
+        {int64_t(number_from(o, "width")), dtype_from(o.Get("dtype")), std::string(o.Get("rows").ToString()) == "sequences"});
   }
   Napi::Array os = ops.As<Napi::Array>();
   for (uint32_t i = 0; i < os.Length(); i++) {
@@ -137,18 +147,23 @@ std::shared_ptr<Program> program_from(const Napi::Value& registers, const Napi::
 }
 
 void ProgramHandle::define(Napi::Env env, Napi::Object exports) {
-  Napi::Function f = DefineClass(env, class_name, {InstanceAccessor<&ProgramHandle::length>("length"), InstanceMethod("dispose", &ProgramHandle::dispose)});
+  Napi::Function f = DefineClass(
+      env, class_name, {InstanceAccessor<&ProgramHandle::length>("length"), InstanceMethod("dispose", &ProgramHandle::dispose)});
   constructor(env) = Napi::Persistent(f);
   exports[class_name] = f;
 }
-Napi::Value ProgramHandle::length(const Napi::CallbackInfo& info) { GUARDED(return Napi::Number::New(info.Env(), double(get()->ops.size()))); }
+Napi::Value ProgramHandle::length(const Napi::CallbackInfo& info) {
+  GUARDED(return Napi::Number::New(info.Env(), double(get()->ops.size())));
+}
 
 void FrameHandle::define(Napi::Env env, Napi::Object exports) {
-  Napi::Function f = DefineClass(env, class_name, {
-    InstanceMethod<&FrameHandle::begin>("begin"), InstanceMethod<&FrameHandle::bind>("bind"),
-    InstanceMethod<&FrameHandle::set_expert_mask>("setExpertMask"), InstanceMethod<&FrameHandle::set_sampling>("setSampling"),
-    InstanceMethod<&FrameHandle::run>("run"), InstanceMethod<&FrameHandle::commit>("commit"), InstanceMethod<&FrameHandle::read>("read"),
-    InstanceMethod<&FrameHandle::tensor>("tensor"), InstanceMethod("dispose", &FrameHandle::dispose)});
+  Napi::Function f =
+      DefineClass(env, class_name,
+                  {InstanceMethod<&FrameHandle::begin>("begin"), InstanceMethod<&FrameHandle::bind>("bind"),
+                   InstanceMethod<&FrameHandle::set_expert_mask>("setExpertMask"),
+                   InstanceMethod<&FrameHandle::set_sampling>("setSampling"), InstanceMethod<&FrameHandle::run>("run"),
+                   InstanceMethod<&FrameHandle::commit>("commit"), InstanceMethod<&FrameHandle::read>("read"),
+                   InstanceMethod<&FrameHandle::tensor>("tensor"), InstanceMethod("dispose", &FrameHandle::dispose)});
   constructor(env) = Napi::Persistent(f);
   exports[class_name] = f;
 }
@@ -180,13 +195,17 @@ Napi::Value FrameHandle::set_expert_mask(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
     ExpertMask mask;
     if (!info[0].IsNull() && !info[0].IsUndefined()) {
-      if (!info[0].IsTypedArray() || info[0].As<Napi::TypedArray>().TypedArrayType() != napi_uint8_array) throw_invalid("expected a Uint8Array for mask");
+      if (!info[0].IsTypedArray() || info[0].As<Napi::TypedArray>().TypedArrayType() != napi_uint8_array)
+        throw_invalid("expected a Uint8Array for mask");
       const auto a = info[0].As<Napi::Uint8Array>();
       mask.keep.assign(a.Data(), a.Data() + a.ElementLength());
       const std::string mode = info[1].ToString();
-      if (mode == "renormalize") mask.mode = PruneMode::renormalize;
-      else if (mode == "reselect") mask.mode = PruneMode::reselect;
-      else if (mode != "drop") throw_invalid("unknown pruning mode " + mode);
+      if (mode == "renormalize")
+        mask.mode = PruneMode::renormalize;
+      else if (mode == "reselect")
+        mask.mode = PruneMode::reselect;
+      else if (mode != "drop")
+        throw_invalid("unknown pruning mode " + mode);
     }
     idle()->mask = std::move(mask);
     return info.Env().Undefined();
@@ -210,7 +229,10 @@ Napi::Value FrameHandle::run(const Napi::CallbackInfo& info) {
     return Job<bool>::start(
         info.Env(), info[2],
         [frame, from, to] {
-          struct Idle { Frame& f; ~Idle() { f.busy.store(false); } } idle{*frame};
+          struct Idle {
+            Frame& f;
+            ~Idle() { f.busy.store(false); }
+          } idle{*frame};
           frame->run(from, to);
           return true;
         },

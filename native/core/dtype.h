@@ -11,8 +11,10 @@ enum class DType : uint8_t { f32, f16, bf16, f64, i32, u8 };
 constexpr size_t dtype_size(DType t) {
   switch (t) {
     case DType::f64: return 8;
-    case DType::f32: case DType::i32: return 4;
-    case DType::f16: case DType::bf16: return 2;
+    case DType::f32:
+    case DType::i32: return 4;
+    case DType::f16:
+    case DType::bf16: return 2;
     case DType::u8: return 1;
   }
   return 0;
@@ -40,9 +42,9 @@ inline float f16_to_f32(uint16_t h) {
 inline uint16_t f32_to_f16(float f) {
   const uint32_t u = std::bit_cast<uint32_t>(f), sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
   if (a > 0x7f800000u) return uint16_t(sign | 0x7e00u);
-  if (a >= 0x477ff000u) return uint16_t(sign | 0x7c00u);             // rounds to 65536 or more
-  if (a < 0x38800000u) {                                             // subnormal half: the addition rounds for us
-    const float r = std::bit_cast<float>(a) + 0.5f;                  // ulp(0.5) = 2^-24
+  if (a >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // rounds to 65536 or more
+  if (a < 0x38800000u) {                                  // subnormal half: the addition rounds for us
+    const float r = std::bit_cast<float>(a) + 0.5f;       // ulp(0.5) = 2^-24
     return uint16_t(sign | (std::bit_cast<uint32_t>(r) - 0x3f000000u));
   }
   const uint32_t v = a - 0x38000000u;

@@ -24,7 +24,7 @@ struct Loop {
   int64_t n;
   const std::atomic<int32_t>* cancel;
   std::atomic<int64_t> next{0};
-  std::atomic<int> helpers{0};       // pool threads inside run(); the loop lives on the caller's stack until this is 0
+  std::atomic<int> helpers{0};  // pool threads inside run(); the loop lives on the caller's stack until this is 0
   std::atomic<bool> failed{false};
   std::exception_ptr error{};
 
@@ -68,8 +68,8 @@ int default_threads() {
 class Pool {
   std::mutex mutex_;
   std::condition_variable wake_;
-  std::vector<Loop*> loops_;           // loops that may still have iterations to hand out
-  std::atomic<uint64_t> posted_{0};    // bumped at every new loop, so that idle threads can spin on it briefly
+  std::vector<Loop*> loops_;         // loops that may still have iterations to hand out
+  std::atomic<uint64_t> posted_{0};  // bumped at every new loop, so that idle threads can spin on it briefly
   int started_ = 0;
   std::atomic<int> count_{default_threads()};
 
@@ -124,8 +124,10 @@ class Pool {
     }
     // The helpers are in their last iterations; on a busy machine one may have lost its processor: then let it have ours.
     for (int spin = 0; loop.helpers.load(std::memory_order_acquire) != 0; spin++) {
-      if (spin < spins) pause();
-      else std::this_thread::yield();
+      if (spin < spins)
+        pause();
+      else
+        std::this_thread::yield();
     }
     if (loop.error) std::rethrow_exception(loop.error);
   }

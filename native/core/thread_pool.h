@@ -13,6 +13,7 @@ template <class F> class FunctionRef;
 template <class R, class... A> class FunctionRef<R(A...)> {
   void* object_;
   R (*call_)(void*, A...);
+
  public:
   template <class F> FunctionRef(F&& f)  // NOLINT: implicit on purpose
       : object_((void*)&f), call_([](void* o, A... a) -> R { return (*static_cast<std::remove_reference_t<F>*>(o))(a...); }) {}
@@ -30,6 +31,7 @@ void parallel_for(int64_t n, FunctionRef<void(int64_t)> body);
 // Cancellation: a job installs its flag on the thread that runs it; parallel_for polls it between iterations.
 class CancelScope {
   const std::atomic<int32_t>* previous_;
+
  public:
   explicit CancelScope(const std::atomic<int32_t>* flag);
   ~CancelScope();

@@ -14,21 +14,67 @@ namespace eac::op {
 
 using Register = int32_t;
 
-struct Embed { Register out; Tensor table; float scale; };
-struct RmsNorm { Register x, out; Tensor weight; float eps; };
-struct LayerNorm { Register x, out; Tensor weight, bias; float eps; };
-struct Linear { Register x, out; Matrix weight; std::optional<Tensor> bias; bool add; };
-struct Rope { Register x; eac::Rope rope; };
-struct Attention { Register q, k, v, out; eac::Attention attention; };
-struct Route { Register logits, weights, indices, counts; RouterSpec router; };
-struct Reselect { Register logits, weights, indices; RouterSpec router; };
-struct Experts { Register x, weights, indices, out; eac::Experts experts; bool add; };
-struct Glu { Register gate, up; Activation activation; };
-struct GatedAdd { Register x, out; std::optional<Register> gate; };
-struct Copy { Register x, out; };
-struct LastRows { Register x, out; };
-struct Sample { Register logits, out; };
+struct Embed {
+  Register out;
+  Tensor table;
+  float scale;
+};
+struct RmsNorm {
+  Register x, out;
+  Tensor weight;
+  float eps;
+};
+struct LayerNorm {
+  Register x, out;
+  Tensor weight, bias;
+  float eps;
+};
+struct Linear {
+  Register x, out;
+  Matrix weight;
+  std::optional<Tensor> bias;
+  bool add;
+};
+struct Rope {
+  Register x;
+  eac::Rope rope;
+};
+struct Attention {
+  Register q, k, v, out;
+  eac::Attention attention;
+};
+struct Route {
+  Register logits, weights, indices, counts;
+  RouterSpec router;
+};
+struct Reselect {
+  Register logits, weights, indices;
+  RouterSpec router;
+};
+struct Experts {
+  Register x, weights, indices, out;
+  eac::Experts experts;
+  bool add;
+};
+struct Glu {
+  Register gate, up;
+  Activation activation;
+};
+struct GatedAdd {
+  Register x, out;
+  std::optional<Register> gate;
+};
+struct Copy {
+  Register x, out;
+};
+struct LastRows {
+  Register x, out;
+};
+struct Sample {
+  Register logits, out;
+};
 
-using Op = std::variant<Embed, RmsNorm, LayerNorm, Linear, Rope, Attention, Route, Reselect, Experts, Glu, GatedAdd, Copy, LastRows, Sample>;
+using Op = std::variant<Embed, RmsNorm, LayerNorm, Linear, Rope, Attention, Route, Reselect, Experts, Glu, GatedAdd, Copy,
+                        LastRows, Sample>;
 
 }  // namespace eac::op

@@ -54,7 +54,8 @@ struct Checker {
   void operator()(const op::Rope& o) const {
     if (o.rope.head_dim < 1 || width(o.x) % o.rope.head_dim != 0) fail("head width does not divide the register");
     if (2 * int64_t(o.rope.frequencies.size()) > o.rope.head_dim) fail("more rotary frequencies than channels");
-    if (o.rope.long_from > 0) equal(int64_t(o.rope.long_frequencies.size()), int64_t(o.rope.frequencies.size()), "long frequencies");
+    if (o.rope.long_from > 0)
+      equal(int64_t(o.rope.long_frequencies.size()), int64_t(o.rope.frequencies.size()), "long frequencies");
   }
   void operator()(const op::Attention& o) const {
     const auto& a = o.attention;
@@ -72,7 +73,8 @@ struct Checker {
   void operator()(const op::Reselect& o) const { routing(o.router, o.logits, o.weights, o.indices); }
   void operator()(const op::Experts& o) const {
     const auto& e = o.experts;
-    if (e.gate.empty() || e.up.size() != e.gate.size() || e.down.size() != e.gate.size()) fail("gate, up and down need one matrix an expert");
+    if (e.gate.empty() || e.up.size() != e.gate.size() || e.down.size() != e.gate.size())
+      fail("gate, up and down need one matrix an expert");
     equal(width(o.weights), width(o.indices, DType::i32), "chosen experts");
     equal(width(o.x), width(o.out), "experts' output");
     const int64_t hidden = out_features(e.gate[0]);
@@ -116,17 +118,21 @@ struct Executor {
   int64_t rows(op::Register r) const { return f.rows_of(r); }
 
   void operator()(const op::Embed& o) const {
-    if (int64_t(f.ids_.size()) != rows(o.out)) throw Error("INVALID_ARGUMENT", "the program embeds token ids, but the batch has none");
+    if (int64_t(f.ids_.size()) != rows(o.out))
+      throw Error("INVALID_ARGUMENT", "the program embeds token ids, but the batch has none");
     for (int32_t id : f.ids_)
       if (id < 0 || id >= o.table.rows())
-        throw Error("INVALID_ARGUMENT", "token id " + std::to_string(id) + " is outside the vocabulary of " + std::to_string(o.table.rows()));
+        throw Error("INVALID_ARGUMENT",
+                    "token id " + std::to_string(id) + " is outside the vocabulary of " + std::to_string(o.table.rows()));
     embed(o.table, o.scale, f.ids_.data(), rows(o.out), data(o.out));
   }
   void operator()(const op::RmsNorm& o) const {
     const int64_t d = o.weight.size();  // narrower than the register: one norm a head
     rms_norm(data(o.x), rows(o.x) * width(o.x) / d, d, o.weight, o.eps, data(o.out));
   }
-  void operator()(const op::LayerNorm& o) const { layer_norm(data(o.x), rows(o.x), width(o.x), o.weight, o.bias, o.eps, data(o.out)); }
+  void operator()(const op::LayerNorm& o) const {
+    layer_norm(data(o.x), rows(o.x), width(o.x), o.weight, o.bias, o.eps, data(o.out));
+  }
   void operator()(const op::Linear& o) const {
     linear(data(o.x), width(o.x), rows(o.x), o.weight, o.bias ? &*o.bias : nullptr, o.add ? 1.f : 0.f, data(o.out), width(o.out));
   }
@@ -134,8 +140,9 @@ struct Executor {
   void operator()(const op::Attention& o) const {
     const int64_t kv_width = o.attention.kv_heads * o.attention.head_dim;
     for (const Sequence& s : f.sequences_)
-      if (s.cache && (size_t(o.attention.layer) >= s.cache->layers() || s.cache->widths(size_t(o.attention.layer)).key != kv_width ||
-                      s.cache->widths(size_t(o.attention.layer)).value != kv_width))
+      if (s.cache &&
+          (size_t(o.attention.layer) >= s.cache->layers() || s.cache->widths(size_t(o.attention.layer)).key != kv_width ||
+           s.cache->widths(size_t(o.attention.layer)).value != kv_width))
         throw Error("INVALID_ARGUMENT", "the key-value cache was made for another model");
     attention(data(o.q), data(o.k), data(o.v), f.sequences_, o.attention, data(o.out));
   }
@@ -150,18 +157,21 @@ struct Executor {
     apply_expert_mask(data(o.logits), f.mask.keep.data(), f.mask.mode, f.sequences_, o.router, data(o.weights), ints(o.indices));
   }
   void operator()(const op::Experts& o) const {
-    run_experts(data(o.x), rows(o.x), width(o.x), data(o.weights), ints(o.indices), width(o.weights), o.experts, o.add ? 1.f : 0.f,
-                data(o.out), f.scratch_);
+    run_experts(data(o.x), rows(o.x), width(o.x), data(o.weights), ints(o.indices), width(o.weights), o.experts,
+                o.add ? 1.f : 0.f, data(o.out), f.scratch_);
   }
   void operator()(const op::Glu& o) const {
     float *gate = data(o.gate), *up = data(o.up);
     const int64_t n = rows(o.gate) * width(o.gate), block = 4096;
-    parallel_for((n + block - 1) / block, [&](int64_t i) { glu(o.activation, gate + i * block, up + i * block, std::min(block, n - i * block)); });
+    parallel_for((n + block - 1) / block,
+                 [&](int64_t i) { glu(o.activation, gate + i * block, up + i * block, std::min(block, n - i * block)); });
   }
   void operator()(const op::GatedAdd& o) const {
     gated_add(data(o.x), o.gate ? data(*o.gate) : nullptr, rows(o.x), width(o.x), data(o.out));
   }
-  void operator()(const op::Copy& o) const { std::memcpy(data(o.out), data(o.x), size_t(rows(o.x) * width(o.x)) * sizeof(float)); }
+  void operator()(const op::Copy& o) const {
+    std::memcpy(data(o.out), data(o.x), size_t(rows(o.x) * width(o.x)) * sizeof(float));
+  }
   void operator()(const op::LastRows& o) const {
     const size_t bytes = size_t(width(o.x)) * sizeof(float);
     for (size_t s = 0; s < f.sequences_.size(); s++) {
@@ -174,7 +184,8 @@ struct Executor {
 
 void Program::check() const {
   for (const RegisterSpec& r : registers)
-    if (r.width < 1 || (r.dtype != DType::f32 && r.dtype != DType::i32)) throw Error("INVALID_ARGUMENT", "a register needs a width and dtype f32 or i32");
+    if (r.width < 1 || (r.dtype != DType::f32 && r.dtype != DType::i32))
+      throw Error("INVALID_ARGUMENT", "a register needs a width and dtype f32 or i32");
   for (size_t i = 0; i < ops.size(); i++) std::visit(Checker{*this, i}, ops[i]);
 }
 
@@ -221,7 +232,8 @@ void Frame::run(size_t from, size_t to) {
   require(from <= to && to <= program_->ops.size(), "no such range of operations");
   require(tokens_ > 0, "begin() must come before run()");
   for (size_t r = 0; r < memory_.size(); r++) {
-    if (!memory_[r].data && !bound_[r]) memory_[r] = Tensor::zeros(program_->registers[r].dtype, {rows_of(op::Register(r)), program_->registers[r].width});
+    if (!memory_[r].data && !bound_[r])
+      memory_[r] = Tensor::zeros(program_->registers[r].dtype, {rows_of(op::Register(r)), program_->registers[r].width});
     require(memory_[r].rows() >= rows_of(op::Register(r)), "a bound tensor has fewer rows than the batch");
   }
   for (size_t i = from; i < to; i++) {

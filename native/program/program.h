@@ -14,8 +14,8 @@ namespace eac {
 
 struct RegisterSpec {
   int64_t width;
-  DType dtype;          // f32 or i32
-  bool per_sequence;    // one row a sequence instead of one a token
+  DType dtype;        // f32 or i32
+  bool per_sequence;  // one row a sequence instead of one a token
 };
 
 struct Program {
@@ -48,10 +48,12 @@ class Frame {
 
  private:
   friend struct Executor;
-  int64_t rows_of(op::Register r) const { return program_->registers[size_t(r)].per_sequence ? int64_t(sequences_.size()) : tokens_; }
+  int64_t rows_of(op::Register r) const {
+    return program_->registers[size_t(r)].per_sequence ? int64_t(sequences_.size()) : tokens_;
+  }
 
   std::shared_ptr<const Program> program_;
-  std::vector<Tensor> memory_;        // capacity rows × width, grow-only
+  std::vector<Tensor> memory_;  // capacity rows × width, grow-only
   std::vector<bool> bound_;
   std::vector<int32_t> ids_;
   std::vector<Sequence> sequences_;

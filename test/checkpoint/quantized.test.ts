@@ -180,15 +180,19 @@ describe('matrices', () => {
     for (const [i, [bits, out, inputs, groupSize, symmetric]] of shapes.entries()) {
       const read = (await readMatrix(checkpoint, `layers.${i}.w.weight`, out, inputs)) as QuantMatrix;
       expect(read).toMatchObject({ bits, rows: out, cols: inputs, groupSize, symmetric });
-      expect((await read.dequantize()).toBytes()).toEqual((await matrices.get(`layers.${i}.w`)!.dequantize()).toBytes());
+      expect((await read.dequantize()).toBytes()).toEqual(
+        (await matrices.get(`layers.${i}.w`)!.dequantize()).toBytes(),
+      );
     }
     expect(((await readMatrix(checkpoint, 'plain.weight', 4, 6)) as Tensor).dtype).toBe('bf16');
-    await expectRejection(readMatrix(checkpoint, 'plain.weight', 6, 4),
+    await expectRejection(
+      readMatrix(checkpoint, 'plain.weight', 6, 4),
       'INVALID_TENSOR',
       "'plain.weight'",
       '[4, 6]',
     );
-    await expectRejection(readMatrix(checkpoint, 'layers.0.w.weight', 32, 128),
+    await expectRejection(
+      readMatrix(checkpoint, 'layers.0.w.weight', 32, 128),
       'INVALID_TENSOR',
       'layers.0.w.qweight',
       '[8, 64]',
@@ -204,14 +208,16 @@ describe('matrices', () => {
     };
     const scattered = Int32Array.from({ length: 64 }, (_, c) => c % 2);
     const a = await open('a', { 'm.g_idx': native().fromArray(scattered, 'i32', [64]) });
-    await expectRejection(readMatrix(a, 'm.weight', 32, 64),
+    await expectRejection(
+      readMatrix(a, 'm.weight', 32, 64),
       'UNSUPPORTED_MODEL',
       'm.g_idx',
       'channel 1 into group 1',
       'desc_act',
     );
     const b = await open('b', { 'm.scales': native().zeros('f32', [2, 32]) });
-    await expectRejection(readMatrix(b, 'm.weight', 32, 64),
+    await expectRejection(
+      readMatrix(b, 'm.weight', 32, 64),
       'INVALID_TENSOR',
       "'m.scales'",
       'F32',
@@ -226,7 +232,8 @@ describe('matrices', () => {
       { name: 'm.qzeros', data: qzeros },
     ];
     await writeSafetensors(join(root, 'c', 'model.safetensors'), entries);
-    await expectRejection(readMatrix(Checkpoint.open(join(root, 'c')), 'm.weight', 32, 64),
+    await expectRejection(
+      readMatrix(Checkpoint.open(join(root, 'c')), 'm.weight', 32, 64),
       'INVALID_TENSOR',
       "'m.scales' is missing",
     );
@@ -235,7 +242,12 @@ describe('matrices', () => {
       ...entries,
       { name: 'm.scales', data: scales },
     ]);
-    const withoutIndex = (await readMatrix(Checkpoint.open(join(root, 'c')), 'm.weight', 32, 64)) as QuantMatrix;
+    const withoutIndex = (await readMatrix(
+      Checkpoint.open(join(root, 'c')),
+      'm.weight',
+      32,
+      64,
+    )) as QuantMatrix;
     expect((await withoutIndex.dequantize()).toBytes()).toEqual((await matrix.dequantize()).toBytes());
   });
 

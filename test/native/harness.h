@@ -23,9 +23,7 @@ inline void run(const char* name, const std::function<void()>& test) {
   const int before = failures;
   try {
     test();
-  } catch (const std::exception& e) {
-    check(false, std::string(name) + " threw: " + e.what());
-  }
+  } catch (const std::exception& e) { check(false, std::string(name) + " threw: " + e.what()); }
   if (failures == before) std::printf("ok %s\n", name);
 }
 
@@ -33,9 +31,7 @@ inline void run(const char* name, const std::function<void()>& test) {
 inline std::string error_code(const std::function<void()>& f) {
   try {
     f();
-  } catch (const Error& e) {
-    return e.code;
-  }
+  } catch (const Error& e) { return e.code; }
   return "";
 }
 
@@ -47,10 +43,12 @@ inline Tensor random_matrix(int64_t rows, int64_t cols, unsigned seed, float sca
   return t;
 }
 
-inline void check_close(const std::vector<float>& got, const std::vector<double>& want, double tolerance, const std::string& what) {
+inline void check_close(const std::vector<float>& got, const std::vector<double>& want, double tolerance,
+                        const std::string& what) {
   for (size_t i = 0; i < want.size(); i++)
     if (!(std::fabs(double(got[i]) - want[i]) <= tolerance))
-      return check(false, what + ": element " + std::to_string(i) + " is " + std::to_string(got[i]) + ", expected " + std::to_string(want[i]));
+      return check(false, what + ": element " + std::to_string(i) + " is " + std::to_string(got[i]) + ", expected " +
+                              std::to_string(want[i]));
 }
 
 }  // namespace eac::test

@@ -25,7 +25,8 @@ void check(bool ok, const std::string& name, const std::string& detail) {
 void expect_close(const std::string& name, const std::vector<double>& want, const std::vector<double>& got, double tolerance) {
   for (size_t i = 0; i < want.size(); i++)
     if (!(std::fabs(want[i] - got[i]) <= tolerance)) {
-      check(false, name, "element " + std::to_string(i) + ": want " + std::to_string(want[i]) + ", got " + std::to_string(got[i]));
+      check(false, name,
+            "element " + std::to_string(i) + ": want " + std::to_string(want[i]) + ", got " + std::to_string(got[i]));
       return;
     }
 }
@@ -45,16 +46,26 @@ Tensor random_tensor(DType dtype, int64_t rows, int64_t cols) {
   Tensor t = Tensor::zeros(dtype, {rows, cols});
   for (int64_t i = 0; i < t.size(); i++) {
     const float v = random_source.uniform();
-    if (dtype == DType::f32) t.f32()[i] = v;
-    else if (dtype == DType::f64) t.as<double>()[i] = v;
-    else t.as<uint16_t>()[i] = dtype == DType::f16 ? f32_to_f16(v) : f32_to_bf16(v);
+    if (dtype == DType::f32)
+      t.f32()[i] = v;
+    else if (dtype == DType::f64)
+      t.as<double>()[i] = v;
+    else
+      t.as<uint16_t>()[i] = dtype == DType::f16 ? f32_to_f16(v) : f32_to_bf16(v);
   }
   return t;
 }
 
 // Padding codes are 0, as the layout says.
 QuantMatrix random_quant(int bits, int64_t rows, int64_t cols, int64_t group_size) {
-  QuantMatrix q{.bits = bits, .rows = rows, .cols = cols, .group_size = group_size, .symmetric = false, .codes = {}, .scales = {}, .zeros = {}};
+  QuantMatrix q{.bits = bits,
+                .rows = rows,
+                .cols = cols,
+                .group_size = group_size,
+                .symmetric = false,
+                .codes = {},
+                .scales = {},
+                .zeros = {}};
   q.codes = Tensor::zeros(DType::u8, {rows, q.row_bytes()});
   q.scales = Tensor::zeros(DType::f16, {rows, q.groups()});
   q.zeros = Tensor::zeros(DType::u8, {rows, q.groups()});
@@ -66,8 +77,10 @@ QuantMatrix random_quant(int bits, int64_t rows, int64_t cols, int64_t group_siz
     for (int64_t c = 0; c < cols; c++) {
       const int i = int(c % 32), code = int(random_source.below(1 << bits));
       uint8_t* block = q.codes.as<uint8_t>() + r * q.row_bytes() + c / 32 * quant_block_bytes(bits);
-      if (bits == 4) block[i % 16] |= uint8_t(code << (i / 16 * 4));
-      else block[i % 8] |= uint8_t((code & 3) << (i / 8 * 2));
+      if (bits == 4)
+        block[i % 16] |= uint8_t(code << (i / 16 * 4));
+      else
+        block[i % 8] |= uint8_t((code & 3) << (i / 8 * 2));
       if (bits == 3) block[8 + i / 8] |= uint8_t((code >> 2) << (i % 8));
     }
   return q;
@@ -99,8 +112,10 @@ void gemm_case(int64_t m, int64_t n, int64_t k, DType ta, DType tb, bool trans_a
   if (beta == 0)  // C must not be read
     for (int64_t i = 0; i < m; i++)
       for (int64_t j = 0; j < n; j++) {
-        if (f64) c.as<double>()[i * ldc + j] = std::numeric_limits<double>::quiet_NaN();
-        else c.f32()[i * ldc + j] = std::numeric_limits<float>::quiet_NaN();
+        if (f64)
+          c.as<double>()[i * ldc + j] = std::numeric_limits<double>::quiet_NaN();
+        else
+          c.f32()[i * ldc + j] = std::numeric_limits<float>::quiet_NaN();
       }
   for (int64_t i = 0; i < m; i++)
     for (int64_t j = 0; j < n; j++) {
@@ -110,27 +125,32 @@ void gemm_case(int64_t m, int64_t n, int64_t k, DType ta, DType tb, bool trans_a
       double& w = want[size_t(i * ldc + j)];
       w = (beta != 0 ? w : 0) + 0.75 * s;
     }
-  if (f64) gemm_f64(m, n, k, 0.75, oa, ob, double(beta), c.as<double>(), ldc);
-  else (serial ? Gemm32(gemm_f32_serial) : Gemm32(gemm_f32))(m, n, k, 0.75f, oa, ob, beta, c.f32(), ldc);
-  const std::string name = "gemm " + std::to_string(m) + "x" + std::to_string(n) + "x" + std::to_string(k) + " types " + std::to_string(int(ta)) +
-                           std::to_string(int(tb)) + " trans " + std::to_string(trans_a) + std::to_string(trans_b) + " beta " + std::to_string(int(beta));
+  if (f64)
+    gemm_f64(m, n, k, 0.75, oa, ob, double(beta), c.as<double>(), ldc);
+  else
+    (serial ? Gemm32(gemm_f32_serial) : Gemm32(gemm_f32))(m, n, k, 0.75f, oa, ob, beta, c.f32(), ldc);
+  const std::string name = "gemm " + std::to_string(m) + "x" + std::to_string(n) + "x" + std::to_string(k) + " types " +
+                           std::to_string(int(ta)) + std::to_string(int(tb)) + " trans " + std::to_string(trans_a) +
+                           std::to_string(trans_b) + " beta " + std::to_string(int(beta));
   expect_close(name, want, values(c), (f64 ? 1e-14 : 4e-7) * double(k + 4));
 }
 
 void test_gemm() {
-  const int64_t sizes[][3] = {{1, 1, 1}, {3, 5, 2}, {14, 32, 16}, {13, 31, 7}, {15, 33, 9}, {6, 16, 256}, {7, 17, 257}, {29, 65, 300}, {4, 8, 4}, {5, 9, 513}};
+  const int64_t sizes[][3] = {{1, 1, 1},    {3, 5, 2},    {14, 32, 16},  {13, 31, 7}, {15, 33, 9},
+                              {6, 16, 256}, {7, 17, 257}, {29, 65, 300}, {4, 8, 4},   {5, 9, 513}};
   for (const auto& s : sizes)
     for (int trans = 0; trans < 4; trans++)
       for (float beta : {0.0f, 1.0f}) {
         for (DType ta : {DType::f32, DType::f16, DType::bf16})
-          for (DType tb : {DType::f32, DType::f16, DType::bf16}) gemm_case(s[0], s[1], s[2], ta, tb, trans & 1, trans & 2, beta, beta == 0);
+          for (DType tb : {DType::f32, DType::f16, DType::bf16})
+            gemm_case(s[0], s[1], s[2], ta, tb, trans & 1, trans & 2, beta, beta == 0);
         gemm_case(s[0], s[1], s[2], DType::f64, DType::f64, trans & 1, trans & 2, beta, false);
       }
   gemm_case(180, 200, 270, DType::f32, DType::bf16, false, true, 0, false);
   gemm_case(343, 130, 60, DType::f64, DType::f64, true, false, 1, false);
   gemm_case(3, 4, 0, DType::f32, DType::f32, false, false, 0, false);
   gemm_case(3, 4, 0, DType::f32, DType::f32, false, false, 1, false);
-  gemm_case(4040, 3, 5, DType::f32, DType::f32, false, false, 1, false);   // more than one block of packed rows, of packed columns
+  gemm_case(4040, 3, 5, DType::f32, DType::f32, false, false, 1, false);  // more than one block of packed rows, of packed columns
   gemm_case(3, 4040, 5, DType::f32, DType::f32, false, true, 0, false);
 }
 
@@ -173,7 +193,8 @@ void test_syrk() {
         for (int64_t i = 0; i < n; i++)
           for (int64_t j = 0; j < n; j++)
             for (int64_t p = 0; p < m; p++)
-              want[size_t(i * ldc + j)] += 2.0 * (weighted ? w.f32()[p] : 1.0f) * double(x.f32()[p * ldx + i]) * x.f32()[p * ldx + j];
+              want[size_t(i * ldc + j)] +=
+                  2.0 * (weighted ? w.f32()[p] : 1.0f) * double(x.f32()[p * ldx + i]) * x.f32()[p * ldx + j];
         syrk_f32(m, n, 2, x.f32(), ldx, weighted ? w.f32() : nullptr, c.f32(), ldc);
         expect_close("syrk " + std::to_string(m) + "x" + std::to_string(n), want, values(c), 1e-6 * double(m + 4));
         for (int64_t i = 0; i < n; i++)
@@ -200,7 +221,8 @@ void linear_case(const Matrix& w, int64_t n, const Tensor* bias, float beta) {
   Tensor pieces = Tensor::zeros(DType::f32, {n, ldy});
   std::memcpy(pieces.data, y.data, y.bytes());
   linear(x.f32(), ldx, n, w, bias, beta, y.f32(), ldy);
-  const std::string name = "linear " + std::to_string(n) + "x" + std::to_string(out) + "x" + std::to_string(in) + " " + describe(w);
+  const std::string name =
+      "linear " + std::to_string(n) + "x" + std::to_string(out) + "x" + std::to_string(in) + " " + describe(w);
   expect_close(name, values(want), values(y), 1e-6 * double(in + 4));
   // The same bits from pieces of rows and single tokens: neither tiling nor the decoding path shows.
   for (int64_t r = 0; r < out; r += 5) linear_serial(x.f32(), ldx, n, w, bias, r, std::min(out, r + 5), beta, pieces.f32(), ldy);
@@ -212,15 +234,18 @@ void linear_case(const Matrix& w, int64_t n, const Tensor* bias, float beta) {
 }
 
 void test_linear() {
-  const int64_t shapes[][2] = {{1, 1}, {3, 31}, {4, 32}, {5, 33}, {33, 64}, {37, 100}, {8, 160}, {35, 1600}, {9, 2080}};  // out, in
+  const int64_t shapes[][2] = {{1, 1},    {3, 31},  {4, 32},    {5, 33},  {33, 64},
+                               {37, 100}, {8, 160}, {35, 1600}, {9, 2080}};  // out, in
   for (const auto& s : shapes) {
     std::vector<Matrix> weights;
     for (DType t : {DType::f32, DType::f16, DType::bf16}) weights.push_back(random_tensor(t, s[0], s[1]));
     for (int bits : {2, 3, 4})
       for (int64_t group : {32, 96, 128, 5000}) weights.push_back(random_quant(bits, s[0], s[1], group));
-    const Tensor biases[] = {random_tensor(DType::f32, 1, s[0]), random_tensor(DType::f16, 1, s[0]), random_tensor(DType::bf16, 1, s[0])};
+    const Tensor biases[] = {random_tensor(DType::f32, 1, s[0]), random_tensor(DType::f16, 1, s[0]),
+                             random_tensor(DType::bf16, 1, s[0])};
     for (const Matrix& w : weights)
-      for (int64_t n : {1, 2, 3, 4, 5, 6, 7, 13, 20}) linear_case(w, n, n % 4 ? &biases[n % 4 - 1] : nullptr, float(n % 2 == 0 && n % 3 == 0));
+      for (int64_t n : {1, 2, 3, 4, 5, 6, 7, 13, 20})
+        linear_case(w, n, n % 4 ? &biases[n % 4 - 1] : nullptr, float(n % 2 == 0 && n % 3 == 0));
   }
   linear_case(random_quant(3, 40, 1100, 128), 200, nullptr, 0);
   linear_case(random_tensor(DType::bf16, 70, 1056), 385, nullptr, 1);
@@ -249,11 +274,13 @@ void test_conversions() {
 
 void test_exp() {
   const float inf = std::numeric_limits<float>::infinity();
-  const float special[] = {-inf, inf, 0.0f, -0.0f, 88.72f, 88.73f, 1000.0f, -1000.0f, std::numeric_limits<float>::quiet_NaN(), -104.5f};
+  const float special[] = {-inf,   inf, 0.0f, -0.0f, 88.72f, 88.73f, 1000.0f, -1000.0f, std::numeric_limits<float>::quiet_NaN(),
+                           -104.5f};
   float out[10];
   isa().exp_f32(special, 10, out);
   check(out[0] == 0 && out[1] == inf && out[2] == 1 && out[3] == 1, "exp", "limits");
-  check(std::isfinite(out[4]) && out[5] == inf && out[6] == inf && out[7] == 0 && std::isnan(out[8]) && out[9] == 0, "exp", "range");
+  check(std::isfinite(out[4]) && out[5] == inf && out[6] == inf && out[7] == 0 && std::isnan(out[8]) && out[9] == 0, "exp",
+        "range");
   double worst = 0;
   std::vector<float> x, y(1000);
   for (int block = 0; block < 400; block++) {
@@ -315,13 +342,22 @@ void test_helpers() {
   check(big[0] == 0 && big[1] == 500, "silu_mul", "large arguments");
 }
 
-struct Test { const char* name; void (*run)(); };
+struct Test {
+  const char* name;
+  void (*run)();
+};
 
 }  // namespace
 
 int main() {
-  const Test tests[] = {{"conversions", test_conversions}, {"gemm", test_gemm}, {"gemm_regularity", test_gemm_regularity}, {"syrk", test_syrk},
-                        {"linear", test_linear}, {"quant_short_group", test_quant_group_shorter_than_block}, {"exp", test_exp}, {"helpers", test_helpers}};
+  const Test tests[] = {{"conversions", test_conversions},
+                        {"gemm", test_gemm},
+                        {"gemm_regularity", test_gemm_regularity},
+                        {"syrk", test_syrk},
+                        {"linear", test_linear},
+                        {"quant_short_group", test_quant_group_shorter_than_block},
+                        {"exp", test_exp},
+                        {"helpers", test_helpers}};
   const Isa* levels[3];
   const int count = available_isas(levels);
   for (int l = 0; l < count; l++) {

@@ -107,7 +107,9 @@ void counting_and_masks() {
         const size_t j = size_t(i);
         check(m.indices[j] < 0 ? m.weights[j] == 0 : k[m.indices[j]] == 1, "a pruned expert is gone");
         before += s.weights[j], after += m.weights[j], survivors += m.indices[j] >= 0;
-        if (mode == PruneMode::drop) check(k[s.indices[j]] ? m.indices[j] == s.indices[j] && m.weights[j] == s.weights[j] : m.indices[j] == -1, "drop keeps the others as they are");
+        if (mode == PruneMode::drop)
+          check(k[s.indices[j]] ? m.indices[j] == s.indices[j] && m.weights[j] == s.weights[j] : m.indices[j] == -1,
+                "drop keeps the others as they are");
       }
       if (mode == PruneMode::reselect) check(survivors == 3, "reselect fills all slots");
       if (mode == PruneMode::renormalize && survivors > 0) check(std::fabs(after - before) < 1e-6f, "renormalize keeps the sum");
@@ -146,7 +148,8 @@ void dispatch_matches_reference() {
         for (const float beta : {0.f, 1.f}) {
           run_experts(x.f32(), n, d, w.f32(), indices.data(), k, e, beta, got.data(), scratch);
           run_experts_reference(x.f32(), n, d, w.f32(), indices.data(), k, e, beta, want.data());
-          check_close(got, {want.begin(), want.end()}, 2e-4, "experts, " + std::to_string(bits) + " bit, " + std::to_string(n) + " tokens");
+          check_close(got, {want.begin(), want.end()}, 2e-4,
+                      "experts, " + std::to_string(bits) + " bit, " + std::to_string(n) + " tokens");
         }
       }
 }
@@ -174,7 +177,8 @@ void unknown_experts_are_refused() {
   const int32_t index = 2;
   std::vector<float> out(32);
   ExpertsScratch scratch;
-  check(error_code([&] { run_experts(x.f32(), 1, 32, w.f32(), &index, 1, e, 0, out.data(), scratch); }) == "INVALID_ARGUMENT", "expert 2 of 2");
+  check(error_code([&] { run_experts(x.f32(), 1, 32, w.f32(), &index, 1, e, 0, out.data(), scratch); }) == "INVALID_ARGUMENT",
+        "expert 2 of 2");
 }
 
 }  // namespace

@@ -25,7 +25,8 @@ void norms() {
     std::vector<double> want_rms, want_layer;
     for (int64_t i = 0; i < n; i++) {
       double squares = 0, mean = 0, var = 0;
-      for (int64_t j = 0; j < d; j++) squares += std::pow(x.f32()[i * d + j], 2) / double(d), mean += x.f32()[i * d + j] / double(d);
+      for (int64_t j = 0; j < d; j++)
+        squares += std::pow(x.f32()[i * d + j], 2) / double(d), mean += x.f32()[i * d + j] / double(d);
       for (int64_t j = 0; j < d; j++) var += std::pow(x.f32()[i * d + j] - mean, 2) / double(d);
       for (int64_t j = 0; j < d; j++) {
         want_rms.push_back(x.f32()[i * d + j] / std::sqrt(squares + 1e-6) * w.f32()[j]);
@@ -56,8 +57,10 @@ void rotary() {
       for (int64_t t = 0; t < 4; t++)
         for (int64_t h = 0; h < 2; h++)
           for (int64_t i = 0; i < 3; i++) {
-            const double angle = double(position + t) * double((use_long ? r.long_frequencies : r.frequencies)[size_t(i)]), s = use_long ? 1.25 : 1;
-            const size_t at = size_t(t * width + h * head), a = at + size_t(interleaved ? 2 * i : i), b = at + size_t(interleaved ? 2 * i + 1 : i + 3);
+            const double angle = double(position + t) * double((use_long ? r.long_frequencies : r.frequencies)[size_t(i)]),
+                         s = use_long ? 1.25 : 1;
+            const size_t at = size_t(t * width + h * head), a = at + size_t(interleaved ? 2 * i : i),
+                         b = at + size_t(interleaved ? 2 * i + 1 : i + 3);
             want[a] = s * (before[a] * std::cos(angle) - before[b] * std::sin(angle));
             want[b] = s * (before[a] * std::sin(angle) + before[b] * std::cos(angle));
           }
@@ -79,7 +82,8 @@ std::vector<double> attention_oracle(const Qkv& x, const Attention& a, int64_t n
       double sum = 0;
       for (int64_t s = from; s <= t; s++) {
         double dot = 0;
-        for (int64_t i = 0; i < d; i++) dot += double(x.q.f32()[(t * a.heads + h) * d + i]) * x.k.f32()[(s * a.kv_heads + h / group) * d + i];
+        for (int64_t i = 0; i < d; i++)
+          dot += double(x.q.f32()[(t * a.heads + h) * d + i]) * x.k.f32()[(s * a.kv_heads + h / group) * d + i];
         p.push_back(std::exp(dot * double(a.scale)));
         sum += p.back();
       }
@@ -160,7 +164,8 @@ void losses() {
     }
     check(std::fabs(kl[r] - want) < 1e-4 * (1 + want), "KL divergence");
     check(std::fabs(zero[r]) < 1e-7, "KL of a distribution with itself");
-    check(std::fabs(nll[r] - (targets[r] < 0 ? 0 : std::log(sp) - p.f32()[r * 50 + targets[r]])) < 1e-5, "negative log-likelihood");
+    check(std::fabs(nll[r] - (targets[r] < 0 ? 0 : std::log(sp) - p.f32()[r * 50 + targets[r]])) < 1e-5,
+          "negative log-likelihood");
   }
 }
 

@@ -20,7 +20,8 @@ namespace {
 // Activations with channels of very different energy that share common components, as real ones do.
 Tensor correlated(int64_t tokens, int64_t n, unsigned seed) {
   const int64_t rank = std::max<int64_t>(1, n / 8);
-  const Tensor common = random_matrix(tokens, rank, seed), mix = random_matrix(rank, n, seed + 1), own = random_matrix(tokens, n, seed + 2);
+  const Tensor common = random_matrix(tokens, rank, seed), mix = random_matrix(rank, n, seed + 1),
+               own = random_matrix(tokens, n, seed + 2);
   Tensor x = Tensor::zeros(DType::f32, {tokens, n});
   for (int64_t t = 0; t < tokens; t++)
     for (int64_t j = 0; j < n; j++) {
@@ -44,7 +45,9 @@ Tensor cast(const Tensor& t, DType dtype) {
   return out;
 }
 
-bool same_bytes(const Tensor& a, const Tensor& b) { return a.bytes() == b.bytes() && std::memcmp(a.data, b.data, a.bytes()) == 0; }
+bool same_bytes(const Tensor& a, const Tensor& b) {
+  return a.bytes() == b.bytes() && std::memcmp(a.data, b.data, a.bytes()) == 0;
+}
 bool same_matrix(const QuantMatrix& a, const QuantMatrix& b) {
   return same_bytes(a.codes, b.codes) && same_bytes(a.scales, b.scales) && same_bytes(a.zeros, b.zeros);
 }
@@ -120,7 +123,8 @@ void gptq_layout() {
             for (int64_t i = 0; i < 32; i++) v[i] = b * 32 + i < cols ? codes.as<uint8_t>()[r * cols + b * 32 + i] : 0;
             if (bits == 3) pack_three_bit(v, words);
             for (int i = 0; bits != 3 && i < 32; i++) words[i * bits / 32] |= v[i] << (i * bits % 32);
-            for (int w = 0; w < bits; w++) check(uint32_t(t.qweight.i32()[(b * bits + w) * rows + r]) == words[w], "qweight words");
+            for (int w = 0; w < bits; w++)
+              check(uint32_t(t.qweight.i32()[(b * bits + w) * rows + r]) == words[w], "qweight words");
           }
         for (int64_t g = 0; g < q.groups(); g++) {
           uint32_t v[32] = {}, words[4] = {};
@@ -182,7 +186,8 @@ void rtn_extremes() {
       for (int64_t r = 0; r < 6; r++) {
         const float scale = f16_to_f32(q.scales.as<uint16_t>()[r]);
         check(scale > 0 && std::isfinite(scale), "scale in range");
-        check(q.zeros.as<uint8_t>()[r] <= top && (!symmetric || q.zeros.as<uint8_t>()[r] == 1 << (bits - 1)), "zero point in range");
+        check(q.zeros.as<uint8_t>()[r] <= top && (!symmetric || q.zeros.as<uint8_t>()[r] == 1 << (bits - 1)),
+              "zero point in range");
         for (int c = 0; c < 64; c++) {
           const float v = w.f32()[r * 64 + c], got = d.f32()[r * 64 + c];
           check(std::isfinite(got), "finite");
@@ -207,7 +212,8 @@ void moments() {
       for (int64_t j = 0; j < n; j++) {
         double hs = 0, ds = 0, hm = 0, dm = 0;
         for (int64_t t = 0; t < m; t++) {
-          const double v = w ? w[t] : 1, xi = x.f32()[t * n + i], xj = x.f32()[t * n + j], di = double(full.f32()[t * n + i]) - xi;
+          const double v = w ? w[t] : 1, xi = x.f32()[t * n + i], xj = x.f32()[t * n + j],
+                       di = double(full.f32()[t * n + i]) - xi;
           hs += v * xi * xj, hm += std::fabs(v * xi * xj);
           ds += v * di * xj, dm += std::fabs(v * di * xj);
         }
@@ -277,11 +283,15 @@ double trace_error(const Tensor& w, const Tensor& q, const Tensor& h, double dam
 }
 
 void gptq_matches_oracle() {
-  struct Case { int64_t rows, cols, group; int bits; bool symmetric, clip, act_order; };
+  struct Case {
+    int64_t rows, cols, group;
+    int bits;
+    bool symmetric, clip, act_order;
+  };
   const Case cases[] = {
-      {40, 256, 128, 4, false, false, false}, {40, 256, 128, 3, false, false, true}, {33, 256, 64, 2, true, false, false},
-      {8, 300, 128, 3, false, true, false},   {8, 300, 32, 2, false, true, true},    {70, 192, 96, 4, true, false, true},
-      {20, 500, 160, 2, false, false, false}, {20, 500, 192, 3, false, false, false}, {20, 512, 256, 3, false, true, false},
+      {40, 256, 128, 4, false, false, false},  {40, 256, 128, 3, false, false, true},  {33, 256, 64, 2, true, false, false},
+      {8, 300, 128, 3, false, true, false},    {8, 300, 32, 2, false, true, true},     {70, 192, 96, 4, true, false, true},
+      {20, 500, 160, 2, false, false, false},  {20, 500, 192, 3, false, false, false}, {20, 512, 256, 3, false, true, false},
       {20, 300, 1024, 4, false, false, false}, {20, 100, 4096, 4, false, false, true}, {1, 33, 32, 3, false, false, false},
       {5, 1, 128, 4, false, false, true}};
   for (const Case& c : cases) {
@@ -315,7 +325,8 @@ void dead_channels_round() {
   for (int64_t i = 0; i < q.size(); i++)
     if (i % n % 2) check(q.as<uint8_t>()[i] == rtn.as<uint8_t>()[i], "a channel without energy is rounded");
   const Tensor none = Tensor::zeros(DType::f32, {n, n});
-  check(same_matrix(quantize_gptq(w, factor_hessian(none, 0.01, false), o).matrix, quantize_rtn(w, o, nullptr)), "no data: plain rounding");
+  check(same_matrix(quantize_gptq(w, factor_hessian(none, 0.01, false), o).matrix, quantize_rtn(w, o, nullptr)),
+        "no data: plain rounding");
 }
 
 void targets_reproduce_the_full_stream() {
@@ -362,7 +373,8 @@ void threads_change_nothing() {
     targets.push_back(two_stream_target(w, f, d, 0.7f));
     results.push_back(quantize_gptq(targets.back(), f, {3, 64, false, true}));
     check(same_bytes(targets.back(), targets[0]), "targets by thread count");
-    check(same_matrix(results.back().matrix, results[0].matrix) && results.back().error == results[0].error, "GPTQ by thread count");
+    check(same_matrix(results.back().matrix, results[0].matrix) && results.back().error == results[0].error,
+          "GPTQ by thread count");
   }
 }
 

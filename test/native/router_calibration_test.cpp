@@ -25,7 +25,8 @@ struct Streams {
 // Inputs with a shared component, clusters and channels of uneven energy; the quantized stream is the full one, disturbed.
 // With strong clusters a window takes whole clusters or none of them: the worst case for a preconditioner made from all tokens.
 Streams streams(int64_t tokens, int64_t d, int64_t experts, unsigned seed, float clustering = 1) {
-  Streams s{random_matrix(experts, d, seed, 0.2f), Tensor::zeros(DType::f32, {tokens, d}), Tensor::zeros(DType::f32, {tokens, experts})};
+  Streams s{random_matrix(experts, d, seed, 0.2f), Tensor::zeros(DType::f32, {tokens, d}),
+            Tensor::zeros(DType::f32, {tokens, experts})};
   const int64_t clusters = 6;
   const Tensor centre = random_matrix(clusters, d, seed + 1, clustering), shared = random_matrix(1, d, seed + 2, 2 * clustering);
   const Tensor own = random_matrix(tokens, d, seed + 3, 0.5f), noise = random_matrix(tokens, d, seed + 4, 0.15f);
@@ -58,7 +59,8 @@ double worst_row(const Tensor& a, const Tensor& b, const Tensor& w) {
 }
 
 void compare(const Streams& s, const RouterCalibrationOptions& o, const std::string& name) {
-  const RouterCalibration fast = calibrate_router(s.w, s.x, s.targets, o), slow = calibrate_router_reference(s.w, s.x, s.targets, o);
+  const RouterCalibration fast = calibrate_router(s.w, s.x, s.targets, o),
+                          slow = calibrate_router_reference(s.w, s.x, s.targets, o);
   const double off = worst_row(slow.weight, fast.weight, s.w);
   check(off < 1e-3, name + ": off by " + std::to_string(off) + " after " + std::to_string(fast.iterations) + " iterations");
   check(std::fabs(fast.loss_before - slow.loss_before) <= 1e-4 * slow.loss_before, name + ": loss before");
@@ -89,7 +91,8 @@ void converges() {
 void plain_mse_needs_few_iterations() {
   const Streams s = streams(2000, 80, 12, 8);
   const RouterCalibration r = calibrate_router(s.w, s.x, s.targets, {.k = 12, .direct_below = 0});
-  check(r.iterations > 0 && r.iterations <= 4, "with K = E the preconditioner is the system: " + std::to_string(r.iterations) + " iterations");
+  check(r.iterations > 0 && r.iterations <= 4,
+        "with K = E the preconditioner is the system: " + std::to_string(r.iterations) + " iterations");
 }
 
 void empty_windows_keep_the_row() {
@@ -127,9 +130,7 @@ void refuses() {
   const auto code = [&](const RouterCalibrationOptions& o) -> std::string {
     try {
       calibrate_router(s.w, s.x, s.targets, o);
-    } catch (const Error& e) {
-      return e.code;
-    }
+    } catch (const Error& e) { return e.code; }
     return "";
   };
   check(code({.k = 0}) == "INVALID_ARGUMENT" && code({.k = 5}) == "INVALID_ARGUMENT", "k out of range");
@@ -146,7 +147,8 @@ void threads_change_nothing() {
       set_thread_count(threads);
       results.push_back(calibrate_router(s.w, s.x, s.targets, {.k = 3, .direct_below = direct_below}));
       const RouterCalibration &a = results[0], &b = results.back();
-      check(std::memcmp(a.weight.data, b.weight.data, a.weight.bytes()) == 0 && a.iterations == b.iterations && a.loss_after == b.loss_after,
+      check(std::memcmp(a.weight.data, b.weight.data, a.weight.bytes()) == 0 && a.iterations == b.iterations &&
+                a.loss_after == b.loss_after,
             "result by thread count");
     }
   }
@@ -180,7 +182,8 @@ void rounding_against_inputs() {
         }
         ours += a * a, plain += b * b;
       }
-    check(rounded.dtype == dtype && ours < 0.2 * plain, "rounded logits: " + std::to_string(ours) + " against " + std::to_string(plain));
+    check(rounded.dtype == dtype && ours < 0.2 * plain,
+          "rounded logits: " + std::to_string(ours) + " against " + std::to_string(plain));
   }
   check(round_against_inputs(w, f, DType::f32).data == w.data, "f32 stays as it is");
 }

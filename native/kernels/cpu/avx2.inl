@@ -15,7 +15,7 @@ EAC_INLINE F4 fold_to_4(F v) { return (F4)_mm_add_ps(_mm256_castps256_ps128((__m
 template <int bits> struct Lut {
   F table;
   EAC_INLINE void set(float s, int z) {
-    const int top = bits == 2 ? 3 : 7;     // 2 bit: bit 2 of the index belongs to the next code, so the table repeats
+    const int top = bits == 2 ? 3 : 7;  // 2 bit: bit 2 of the index belongs to the next code, so the table repeats
     const I index = I{0, 1, 2, 3, 4, 5, 6, 7} & top;
     table = __builtin_convertvector(index - z, F) * s;
   }
@@ -35,10 +35,10 @@ EAC_INLINE U byte_lanes(const uint8_t* p) { return (U)_mm256_cvtepu8_epi32(_mm_l
 
 EAC_INLINE void decode(const uint8_t* block, const Lut<4>& lut, F* w) {
   const __m256i b = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)block));
-  const __m256i pick = _mm256_setr_epi8(-1, 0, 0, -1, -1, 1, 1, -1, -1, 2, 2, -1, -1, 3, 3, -1,
-                                        -1, 4, 4, -1, -1, 5, 5, -1, -1, 6, 6, -1, -1, 7, 7, -1);
-  const __m256i pick_8 = _mm256_setr_epi8(-1, 8, 8, -1, -1, 9, 9, -1, -1, 10, 10, -1, -1, 11, 11, -1,
-                                          -1, 12, 12, -1, -1, 13, 13, -1, -1, 14, 14, -1, -1, 15, 15, -1);
+  const __m256i pick = _mm256_setr_epi8(-1, 0, 0, -1, -1, 1, 1, -1, -1, 2, 2, -1, -1, 3, 3, -1, -1, 4, 4, -1, -1, 5, 5, -1, -1, 6,
+                                        6, -1, -1, 7, 7, -1);
+  const __m256i pick_8 = _mm256_setr_epi8(-1, 8, 8, -1, -1, 9, 9, -1, -1, 10, 10, -1, -1, 11, 11, -1, -1, 12, 12, -1, -1, 13, 13,
+                                          -1, -1, 14, 14, -1, -1, 15, 15, -1);
   const U first = (U)_mm256_shuffle_epi8(b, pick), second = (U)_mm256_shuffle_epi8(b, pick_8);
   const U one = (U)splat(1.0f);
   w[0] = (F)((first & 0xf0000u) | one) * lut.low_scale + lut.low_offset;

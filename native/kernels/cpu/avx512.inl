@@ -50,6 +50,6 @@ EAC_INLINE void decode(const uint8_t* block, const Lut<3>& lut, F* w) {
   const __m512i high = _mm512_rolv_epi32(_mm512_set1_epi32(word), turn);
   const __m512i high_16 = _mm512_rolv_epi32(_mm512_set1_epi32(word), _mm512_add_epi32(turn, _mm512_set1_epi32(16)));
   const __m512i two = _mm512_set1_epi32(3);
-  w[0] = lut((U)_mm512_ternarylogic_epi32(two, (__m512i)b, high, 0xca));          // two ? b : high
+  w[0] = lut((U)_mm512_ternarylogic_epi32(two, (__m512i)b, high, 0xca));  // two ? b : high
   w[1] = lut((U)_mm512_ternarylogic_epi32(two, (__m512i)(b >> 4), high_16, 0xca));
 }

@@ -13,9 +13,8 @@ template <int R, int T> EAC_INLINE void dot_tile(const DotPanel& p, int64_t row,
   const float* x = p.x + token * p.ldx;
   F s[R][T];
   EAC_UNROLL
-  for (int r = 0; r < R; r++)
-    EAC_UNROLL
-    for (int t = 0; t < T; t++) s[r][t] = p.first ? F{} : load<F>(acc + (r * T + t) * L);
+  for (int r = 0; r < R; r++) EAC_UNROLL
+  for (int t = 0; t < T; t++) s[r][t] = p.first ? F{} : load<F>(acc + (r * T + t) * L);
   const int64_t ldw = p.ldw, ldx = p.ldx, k = p.k;
   for (int64_t i = 0; i < k; i += L) {
     F xv[T];
@@ -30,9 +29,8 @@ template <int R, int T> EAC_INLINE void dot_tile(const DotPanel& p, int64_t row,
   }
   if (!p.last) {
     EAC_UNROLL
-    for (int r = 0; r < R; r++)
-      EAC_UNROLL
-      for (int t = 0; t < T; t++) store(acc + (r * T + t) * L, s[r][t]);
+    for (int r = 0; r < R; r++) EAC_UNROLL
+    for (int t = 0; t < T; t++) store(acc + (r * T + t) * L, s[r][t]);
     return;
   }
   EAC_UNROLL
@@ -88,12 +86,16 @@ void dot_panel(const DotPanel& p) {
 }
 
 template <DType dtype> EAC_INLINE F weight_lanes(const void* w, int64_t i) {
-  if constexpr (dtype == DType::f32) return load<F>((const float*)w + i);
-  else if constexpr (dtype == DType::bf16) return bf16_lanes((const uint16_t*)w + i);
-  else return f16_lanes((const uint16_t*)w + i);
+  if constexpr (dtype == DType::f32)
+    return load<F>((const float*)w + i);
+  else if constexpr (dtype == DType::bf16)
+    return bf16_lanes((const uint16_t*)w + i);
+  else
+    return f16_lanes((const uint16_t*)w + i);
 }
 
-template <DType dtype, int R> EAC_INLINE void gemv_rows(const void* w, int64_t row, int64_t ldw, int64_t k, const float* x, float* y) {
+template <DType dtype, int R>
+EAC_INLINE void gemv_rows(const void* w, int64_t row, int64_t ldw, int64_t k, const float* x, float* y) {
   F s[R]{};
   for (int64_t i = 0; i < k; i += L) {
     const F xv = load<F>(x + i);
@@ -111,9 +113,12 @@ template <DType dtype> void gemv_dtype(const void* w, int64_t ldw, int64_t rows,
 }
 
 void gemv(DType dtype, const void* w, int64_t ldw, int64_t rows, int64_t k, const float* x, float* y) {
-  if (dtype == DType::f32) gemv_dtype<DType::f32>(w, ldw, rows, k, x, y);
-  else if (dtype == DType::bf16) gemv_dtype<DType::bf16>(w, ldw, rows, k, x, y);
-  else if (dtype == DType::f16) gemv_dtype<DType::f16>(w, ldw, rows, k, x, y);
+  if (dtype == DType::f32)
+    gemv_dtype<DType::f32>(w, ldw, rows, k, x, y);
+  else if (dtype == DType::bf16)
+    gemv_dtype<DType::bf16>(w, ldw, rows, k, x, y);
+  else if (dtype == DType::f16)
+    gemv_dtype<DType::f16>(w, ldw, rows, k, x, y);
 }
 
 template <int bits, int R> EAC_INLINE void gemv_quant_rows(const QuantRows& w, int64_t row, int64_t k, const float* x, float* y) {
@@ -129,9 +134,8 @@ template <int bits, int R> EAC_INLINE void gemv_quant_rows(const QuantRows& w, i
     EAC_UNROLL
     for (int r = 0; r < R; r++) lut[r] = group_lut<bits>(w, row + r, g);
     const int64_t stop = b + per_group < blocks ? b + per_group : blocks;
-    for (int64_t o = b * block_bytes; o < stop * block_bytes; o += 64)
-      EAC_UNROLL
-      for (int r = 0; r < R; r++) __builtin_prefetch(codes + r * w.row_bytes + o + ahead);
+    for (int64_t o = b * block_bytes; o < stop * block_bytes; o += 64) EAC_UNROLL
+    for (int r = 0; r < R; r++) __builtin_prefetch(codes + r * w.row_bytes + o + ahead);
     for (; b < stop; b++) {
       EAC_UNROLL
       for (int r = 0; r < R; r++) {
@@ -153,9 +157,12 @@ template <int bits> void gemv_quant_bits(const QuantRows& w, int64_t begin, int6
 }
 
 void gemv_quant(const QuantRows& w, int64_t begin, int64_t end, int64_t k, const float* x, float* y) {
-  if (w.bits == 4) gemv_quant_bits<4>(w, begin, end, k, x, y);
-  else if (w.bits == 3) gemv_quant_bits<3>(w, begin, end, k, x, y);
-  else if (w.bits == 2) gemv_quant_bits<2>(w, begin, end, k, x, y);
+  if (w.bits == 4)
+    gemv_quant_bits<4>(w, begin, end, k, x, y);
+  else if (w.bits == 3)
+    gemv_quant_bits<3>(w, begin, end, k, x, y);
+  else if (w.bits == 2)
+    gemv_quant_bits<2>(w, begin, end, k, x, y);
 }
 
 template <int bits> void dequantize_bits(const QuantRows& w, int64_t row, int64_t k0, int64_t n, float* out) {
@@ -175,7 +182,10 @@ template <int bits> void dequantize_bits(const QuantRows& w, int64_t row, int64_
 }
 
 void dequantize(const QuantRows& w, int64_t row, int64_t k0, int64_t n, float* out) {
-  if (w.bits == 4) dequantize_bits<4>(w, row, k0, n, out);
-  else if (w.bits == 3) dequantize_bits<3>(w, row, k0, n, out);
-  else if (w.bits == 2) dequantize_bits<2>(w, row, k0, n, out);
+  if (w.bits == 4)
+    dequantize_bits<4>(w, row, k0, n, out);
+  else if (w.bits == 3)
+    dequantize_bits<3>(w, row, k0, n, out);
+  else if (w.bits == 2)
+    dequantize_bits<2>(w, row, k0, n, out);
 }

@@ -24,7 +24,7 @@ SoftmaxInfo softmax_row(float* x, int64_t n) {
   }
   float max = max_lanes(m);
   for (; i < n; i++) max = x[i] > max ? x[i] : max;
-  const float shift = max == lowest ? 0.0f : max;   // -inf minus -inf would be NaN
+  const float shift = max == lowest ? 0.0f : max;  // -inf minus -inf would be NaN
   F s{};
   for (i = 0; i + L <= n; i += L) {
     const F e = exp_lanes(load<F>(x + i) - shift);

@@ -2,8 +2,12 @@
 // same multiplications in the same order.
 
 template <class T> struct VecOf;
-template <> struct VecOf<float> { typedef F type; };
-template <> struct VecOf<double> { typedef D type; };
+template <> struct VecOf<float> {
+  typedef F type;
+};
+template <> struct VecOf<double> {
+  typedef D type;
+};
 
 template <class T> EAC_INLINE T load_scalar(const void* data, DType dtype, int64_t i) {
   switch (dtype) {
@@ -31,7 +35,8 @@ void to_f32(DType dtype, const void* in, int64_t n, float* out) {
 // Four rows of four floats, transposed. `in` rows are `stride` apart, `out` rows `width`.
 EAC_INLINE void transpose_4x4(const float* in, int64_t stride, float* out, int64_t width) {
 #if defined(__SSE2__)
-  __m128 a = _mm_loadu_ps(in), b = _mm_loadu_ps(in + stride), c = _mm_loadu_ps(in + 2 * stride), d = _mm_loadu_ps(in + 3 * stride);
+  __m128 a = _mm_loadu_ps(in), b = _mm_loadu_ps(in + stride), c = _mm_loadu_ps(in + 2 * stride),
+         d = _mm_loadu_ps(in + 3 * stride);
   _MM_TRANSPOSE4_PS(a, b, c, d);
   _mm_storeu_ps(out, a);
   _mm_storeu_ps(out + width, b);
@@ -102,17 +107,15 @@ void tile(int64_t k, T alpha, const T* a, const T* b, bool accumulate, T* c, int
   constexpr int lanes = sizeof(V) / sizeof(T), nr = nv * lanes;
   V acc[mr][nv];
   EAC_UNROLL
-  for (int i = 0; i < mr; i++)
-    EAC_UNROLL
-    for (int j = 0; j < nv; j++) acc[i][j] = V{};
+  for (int i = 0; i < mr; i++) EAC_UNROLL
+  for (int j = 0; j < nv; j++) acc[i][j] = V{};
   for (int64_t p = 0; p < k; p++, a += mr, b += nr) {
     V bv[nv];
     EAC_UNROLL
     for (int j = 0; j < nv; j++) bv[j] = load<V>(b + j * lanes);
     EAC_UNROLL
-    for (int i = 0; i < mr; i++)
-      EAC_UNROLL
-      for (int j = 0; j < nv; j++) acc[i][j] = a[i] * bv[j] + acc[i][j];
+    for (int i = 0; i < mr; i++) EAC_UNROLL
+    for (int j = 0; j < nv; j++) acc[i][j] = a[i] * bv[j] + acc[i][j];
   }
   // An edge tile goes through a copy, so that its last operation is the same as everywhere.
   T edge[mr * nr];
@@ -124,14 +127,12 @@ void tile(int64_t k, T alpha, const T* a, const T* b, bool accumulate, T* c, int
       for (int64_t j = 0; j < cols; j++) edge[i * nr + j] = c[i * ldc + j];
   if (accumulate) {
     EAC_UNROLL
-    for (int i = 0; i < mr; i++)
-      EAC_UNROLL
-      for (int j = 0; j < nv; j++) store(out + i * ld + j * lanes, alpha * acc[i][j] + load<V>(out + i * ld + j * lanes));
+    for (int i = 0; i < mr; i++) EAC_UNROLL
+    for (int j = 0; j < nv; j++) store(out + i * ld + j * lanes, alpha * acc[i][j] + load<V>(out + i * ld + j * lanes));
   } else {
     EAC_UNROLL
-    for (int i = 0; i < mr; i++)
-      EAC_UNROLL
-      for (int j = 0; j < nv; j++) store(out + i * ld + j * lanes, alpha * acc[i][j]);
+    for (int i = 0; i < mr; i++) EAC_UNROLL
+    for (int j = 0; j < nv; j++) store(out + i * ld + j * lanes, alpha * acc[i][j]);
   }
   if (!whole)
     for (int64_t i = 0; i < rows; i++)

@@ -17,7 +17,9 @@ extern const Isa isa_avx2, isa_avx512;
 namespace {
 
 #if defined(__x86_64__)
-struct Features { bool avx2 = false, avx512 = false; };
+struct Features {
+  bool avx2 = false, avx512 = false;
+};
 
 // CPUID says what the processor has, XGETBV which registers the operating system saves.
 Features detect() {

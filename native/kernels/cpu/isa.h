@@ -13,9 +13,9 @@ namespace eac {
 // Rows of a QuantMatrix (layout: kernels/quant/quant_matrix.h).
 struct QuantRows {
   int bits;
-  const uint8_t* codes;     // (rows, row_bytes)
-  const uint16_t* scales;   // (rows, groups) f16
-  const uint8_t* zeros;     // (rows, groups)
+  const uint8_t* codes;    // (rows, row_bytes)
+  const uint16_t* scales;  // (rows, groups) f16
+  const uint8_t* zeros;    // (rows, groups)
   int64_t row_bytes, groups, group_size;
 };
 
@@ -29,19 +29,21 @@ struct PackSource {
 // y (tokens, rows) = beta * y + sum over the k blocks of x (tokens, k) · w (rows, k)^T + bias (rows).
 struct DotPanel {
   int64_t k, rows, tokens;
-  const float* w;           // (rows, k), row stride ldw
-  const float* x;           // (tokens, k), row stride ldx
+  const float* w;  // (rows, k), row stride ldw
+  const float* x;  // (tokens, k), row stride ldx
   int64_t ldw, ldx, ldy;
-  float* acc;               // lane sums carried from one k block to the next: lanes * rows * tokens floats, 64-byte aligned
-  bool first, last, beta;   // first block: the sums start at 0; last block: they are reduced and written to y
-  const float* bias;        // or null
+  float* acc;              // lane sums carried from one k block to the next: lanes * rows * tokens floats, 64-byte aligned
+  bool first, last, beta;  // first block: the sums start at 0; last block: they are reduced and written to y
+  const float* bias;       // or null
   float* y;
 };
 
-struct SoftmaxInfo { float max, sum; };  // softmax = exp(x - max) / sum
+struct SoftmaxInfo {
+  float max, sum;
+};  // softmax = exp(x - max) / sum
 
 template <class T> struct GemmKernels {
-  int mr, nr;               // register tile of C
+  int mr, nr;  // register tile of C
   // Packs `count` <= width rows (or columns) as [k][width], zero padded; multiplies by scale[k] if scale is not null.
   void (*pack)(PackSource source, int64_t width, int64_t count, int64_t k, const float* scale, T* out);
   // C tile (rows <= mr, cols <= nr) = alpha * A panel [k][mr] · B panel [k][nr], added to C if accumulate.
@@ -50,29 +52,29 @@ template <class T> struct GemmKernels {
 
 struct Isa {
   const char* name;
-  int lanes;                // f32 lanes of a vector
+  int lanes;  // f32 lanes of a vector
   GemmKernels<float> gemm_f32;
   GemmKernels<double> gemm_f64;
 
   // Dot products. Lane l of a sum takes the channels k = l (mod lanes) in rising order, then the lanes are halved until one is
   // left: an output is bit for bit the same whichever of these functions computed it.
-  int token_tile;           // tokens that dot_panel handles at a time
-  int64_t k_block;          // channels per block that suit the caches
-  void (*dot_panel)(const DotPanel& p);                                    // k a multiple of 32
+  int token_tile;                        // tokens that dot_panel handles at a time
+  int64_t k_block;                       // channels per block that suit the caches
+  void (*dot_panel)(const DotPanel& p);  // k a multiple of 32
   // y[r] = dot(w row r, x), r < rows; k a multiple of 32. w: f32, f16 or bf16, row stride ldw in elements.
   void (*gemv)(DType dtype, const void* w, int64_t ldw, int64_t rows, int64_t k, const float* x, float* y);
   // The same over rows [begin, end) of w, k channels; x is readable and zero up to the next multiple of 32. y[0] belongs to `begin`.
   void (*gemv_quant)(const QuantRows& w, int64_t begin, int64_t end, int64_t k, const float* x, float* y);
   // Row `row`, channels [k0, k0 + n), k0 a multiple of 32, in f32; out is written up to the next multiple of 32.
   void (*dequantize)(const QuantRows& w, int64_t row, int64_t k0, int64_t n, float* out);
-  void (*to_f32)(DType dtype, const void* in, int64_t n, float* out);      // f32, f16, bf16
+  void (*to_f32)(DType dtype, const void* in, int64_t n, float* out);  // f32, f16, bf16
 
   // Element-wise helpers of the other kernels. exp: within 2 ulp, exp(-inf) = 0, overflow is inf.
   void (*exp_f32)(const float* in, int64_t n, float* out);
-  void (*silu_mul)(float* gate, const float* up, int64_t n);               // gate = gate / (1 + exp(-gate)) * up
-  SoftmaxInfo (*softmax_row)(float* x, int64_t n);                         // in place; a row of -inf becomes zeros (sum 0)
+  void (*silu_mul)(float* gate, const float* up, int64_t n);  // gate = gate / (1 + exp(-gate)) * up
+  SoftmaxInfo (*softmax_row)(float* x, int64_t n);            // in place; a row of -inf becomes zeros (sum 0)
   float (*dot_f32)(const float* a, const float* b, int64_t n);
-  void (*axpy_f32)(float alpha, const float* x, float* y, int64_t n);      // y += alpha * x
+  void (*axpy_f32)(float alpha, const float* x, float* y, int64_t n);  // y += alpha * x
   void (*scale_f32)(float alpha, float* x, int64_t n);
   float (*sum_squares)(const float* x, int64_t n);
 };

@@ -2,9 +2,9 @@
 // EAC_ISA_TABLE, EAC_TOKEN_TILE and EAC_K_BLOCK, EAC_MR and EAC_NV (GEMM tile: rows, vectors), and opens namespace eac { namespace {
 // with its own primitives before it, simd.inl included.
 
-#include "kernels/cpu/gemm.inl"
 #include "kernels/cpu/dot.inl"
 #include "kernels/cpu/elementwise.inl"
+#include "kernels/cpu/gemm.inl"
 
 }  // namespace
 
@@ -12,8 +12,8 @@ extern const Isa EAC_ISA_TABLE;
 const Isa EAC_ISA_TABLE = {
     .name = EAC_ISA_NAME,
     .lanes = L,
-    .gemm_f32 = {EAC_MR, EAC_NV * L, pack<float>, tile<float, EAC_MR, EAC_NV>},
-    .gemm_f64 = {EAC_MR, EAC_NV * L / 2, pack<double>, tile<double, EAC_MR, EAC_NV>},
+    .gemm_f32 = {EAC_MR, EAC_NV* L, pack<float>, tile<float, EAC_MR, EAC_NV>},
+    .gemm_f64 = {EAC_MR, EAC_NV* L / 2, pack<double>, tile<double, EAC_MR, EAC_NV>},
     .token_tile = EAC_TOKEN_TILE,
     .k_block = EAC_K_BLOCK,
     .dot_panel = dot_panel,

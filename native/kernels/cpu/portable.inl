@@ -21,7 +21,10 @@ EAC_INLINE F f16_lanes(const uint16_t* p) {
   return (F)((U)scaled | special | ((h & 0x8000u) << 16));
 }
 EAC_INLINE float f16_scalar(uint16_t h) {
-  union { uint32_t u; float f; } v{uint32_t(h & 0x7fffu) << 13};
+  union {
+    uint32_t u;
+    float f;
+  } v{uint32_t(h & 0x7fffu) << 13};
   const uint32_t special = v.u >= 0x0f800000u ? 0x7f800000u : 0u;
   v.f *= 0x1p112f;
   v.u |= special | uint32_t(h & 0x8000u) << 16;

@@ -33,7 +33,10 @@ EAC_INLINE F splat(float v) { return v - F{}; }
 #include EAC_PRIMITIVES
 
 EAC_INLINE float bf16_scalar(uint16_t h) {
-  union { uint32_t u; float f; } v{uint32_t(h) << 16};
+  union {
+    uint32_t u;
+    float f;
+  } v{uint32_t(h) << 16};
   return v.f;
 }
 
@@ -74,7 +77,7 @@ EAC_INLINE F exp_lanes(F x) {
   const F low = splat(-110.0f), high = splat(100.0f);
   x = x < low ? low : x;
   x = x > high ? high : x;
-  const F magic = splat(12582912.0f);                      // 1.5 * 2^23: adding it rounds to an integer
+  const F magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const F t = x * 1.44269504088896341f + magic;
   const F n = t - magic;
   F r = x - n * 0.693359375f;

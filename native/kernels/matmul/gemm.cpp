@@ -13,19 +13,22 @@ namespace {
 
 // k_block is part of the result (a sum over blocks of sums), so it is the same for every level, shape and thread count.
 constexpr int64_t k_block = 256;
-constexpr int64_t row_block = 168;    // rows of A that stay in L2 while panels of B pass; a multiple of every mr
-constexpr int64_t super_block = 4032; // rows and columns packed at a time: bounds the packed copies to 4 MB each in f32
+constexpr int64_t row_block = 168;     // rows of A that stay in L2 while panels of B pass; a multiple of every mr
+constexpr int64_t super_block = 4032;  // rows and columns packed at a time: bounds the packed copies to 4 MB each in f32
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class T> const GemmKernels<T>& kernels() {
-  if constexpr (sizeof(T) == 4) return isa().gemm_f32; else return isa().gemm_f64;
+  if constexpr (sizeof(T) == 4)
+    return isa().gemm_f32;
+  else
+    return isa().gemm_f64;
 }
 
 template <class T> struct Product {
   int64_t m, n, k;
   T alpha;
-  PackSource a, b;            // rows of A, columns of B
+  PackSource a, b;  // rows of A, columns of B
   bool accumulate;
   T* c;
   int64_t ldc;
@@ -59,9 +62,8 @@ void pack_panels(bool parallel, const PackSource& s, int64_t width, int64_t coun
 }
 
 // One block of rows times one range of columns, from packed panels. (i0, j0): where the packed part lies in C.
-template <class T>
-void block_product(const Product<T>& p, const T* a, const T* b, int64_t i0, int64_t j0, int64_t rows_begin, int64_t rows_end,
-                   int64_t cols_begin, int64_t cols_end, int64_t k, bool accumulate) {
+template <class T> void block_product(const Product<T>& p, const T* a, const T* b, int64_t i0, int64_t j0, int64_t rows_begin,
+                                      int64_t rows_end, int64_t cols_begin, int64_t cols_end, int64_t k, bool accumulate) {
   const auto& kern = kernels<T>();
   for (int64_t j = cols_begin; j < cols_end; j += kern.nr)
     for (int64_t i = rows_begin; i < rows_end; i += kern.mr) {
@@ -85,7 +87,10 @@ template <class T> void run(const Product<T>& p, bool parallel) {
       const int64_t row_pieces = ceil_div(m, row_block);
       int64_t width = threads == 1 ? super_block : 512;
       while (width > 64 && row_pieces * ceil_div(n, width) < 6 * threads) width /= 2;
-      if (threads > 1) width = ceil_div(width, kern.nr) * kern.nr; else width = ceil_div(n, kern.nr) * kern.nr;
+      if (threads > 1)
+        width = ceil_div(width, kern.nr) * kern.nr;
+      else
+        width = ceil_div(n, kern.nr) * kern.nr;
       for (int64_t k0 = 0; k0 < p.k; k0 += k_block) {
         const int64_t k = std::min(k_block, p.k - k0);
         pack_panels(parallel, offset(p.a, i0, k0), kern.mr, m, k, p.scale ? p.scale + k0 : nullptr, a);
@@ -98,8 +103,8 @@ template <class T> void run(const Product<T>& p, bool parallel) {
     }
 }
 
-template <class T>
-void gemm(int64_t m, int64_t n, int64_t k, T alpha, const Operand& a, const Operand& b, T beta, T* c, int64_t ldc, bool parallel) {
+template <class T> void gemm(int64_t m, int64_t n, int64_t k, T alpha, const Operand& a, const Operand& b, T beta, T* c,
+                             int64_t ldc, bool parallel) {
   require(beta == 0 || beta == 1, "gemm: beta must be 0 or 1");
   if (m <= 0 || n <= 0) return;
   if (k <= 0) {
@@ -107,8 +112,15 @@ void gemm(int64_t m, int64_t n, int64_t k, T alpha, const Operand& a, const Oper
       for (int64_t i = 0; i < m; i++) std::fill_n(c + i * ldc, n, T(0));
     return;
   }
-  const Product<T> p{.m = m, .n = n, .k = k, .alpha = alpha, .a = {a.data, a.dtype, a.row_stride, a.col_stride},
-                     .b = {b.data, b.dtype, b.col_stride, b.row_stride}, .accumulate = beta == 1, .c = c, .ldc = ldc};
+  const Product<T> p{.m = m,
+                     .n = n,
+                     .k = k,
+                     .alpha = alpha,
+                     .a = {a.data, a.dtype, a.row_stride, a.col_stride},
+                     .b = {b.data, b.dtype, b.col_stride, b.row_stride},
+                     .accumulate = beta == 1,
+                     .c = c,
+                     .ldc = ldc};
   run(p, parallel && thread_count() > 1 && double(m) * double(n) * double(k) > 1e6);
 }
 
@@ -127,8 +139,17 @@ void gemm_f64(int64_t m, int64_t n, int64_t k, double alpha, Operand a, Operand 
 void syrk_f32(int64_t m, int64_t n, float alpha, const float* x, int64_t ldx, const float* w, float* c, int64_t ldc) {
   if (m <= 0 || n <= 0) return;
   const PackSource columns{x, DType::f32, 1, ldx};
-  const Product<float> p{.m = n, .n = n, .k = m, .alpha = alpha, .a = columns, .b = columns, .accumulate = true, .c = c, .ldc = ldc,
-                         .scale = w, .lower = true};
+  const Product<float> p{.m = n,
+                         .n = n,
+                         .k = m,
+                         .alpha = alpha,
+                         .a = columns,
+                         .b = columns,
+                         .accumulate = true,
+                         .c = c,
+                         .ldc = ldc,
+                         .scale = w,
+                         .lower = true};
   const bool parallel = thread_count() > 1 && double(n) * double(n) * double(m) > 1e6;
   run(p, parallel);
   constexpr int64_t edge = 64;  // mirrored in squares, so that reads and writes both stay in the cache

@@ -15,8 +15,8 @@ namespace eac {
 
 struct Operand {
   const void* data;
-  DType dtype;                       // f32, f16, bf16 (f64 with gemm_f64 only); converted while packing
-  int64_t row_stride, col_stride;    // in elements
+  DType dtype;                     // f32, f16, bf16 (f64 with gemm_f64 only); converted while packing
+  int64_t row_stride, col_stride;  // in elements
 };
 
 // On the calling thread only: for use inside a parallel_for body.
@@ -36,6 +36,7 @@ void linear_serial(const float* x, int64_t ldx, int64_t n, const Matrix& w, cons
                    float beta, float* y, int64_t ldy);
 
 // The oracle: three plain loops in f64.
-void linear_reference(const float* x, int64_t ldx, int64_t n, const Matrix& w, const Tensor* bias, float beta, float* y, int64_t ldy);
+void linear_reference(const float* x, int64_t ldx, int64_t n, const Matrix& w, const Tensor* bias, float beta, float* y,
+                      int64_t ldy);
 
 }  // namespace eac

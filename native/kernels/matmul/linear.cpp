@@ -13,8 +13,8 @@ namespace {
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-constexpr int64_t panel_rows = 32;     // rows expanded at a time, to stay in L2 while the tokens pass
-constexpr int64_t token_block = 96;    // tokens per expansion: their f32 rows stay in L2, too
+constexpr int64_t panel_rows = 32;   // rows expanded at a time, to stay in L2 while the tokens pass
+constexpr int64_t token_block = 96;  // tokens per expansion: their f32 rows stay in L2, too
 
 QuantRows quant_rows(const QuantMatrix& q) {
   return {q.bits, q.codes.as<uint8_t>(), q.scales.as<uint16_t>(), q.zeros.as<uint8_t>(), q.row_bytes(), q.groups(), q.group_size};
@@ -28,9 +28,7 @@ struct Weights {
   explicit Weights(const Matrix& w) : dense(std::get_if<Tensor>(&w)), quant{}, in(in_features(w)) {
     if (!dense) quant = quant_rows(std::get<QuantMatrix>(w));
   }
-  const void* at(int64_t row, int64_t k) const {
-    return dense->as<char>() + (row * in + k) * int64_t(dtype_size(dense->dtype));
-  }
+  const void* at(int64_t row, int64_t k) const { return dense->as<char>() + (row * in + k) * int64_t(dtype_size(dense->dtype)); }
   // f32 rows whose length suits the vectors are used where they lie.
   bool in_place() const { return dense && dense->dtype == DType::f32 && in % 32 == 0; }
 
@@ -38,8 +36,10 @@ struct Weights {
   void expand(int64_t row, int64_t rows, int64_t k0, int64_t k, float* out) const {
     const int64_t n = std::min(k, in - k0);
     for (int64_t r = 0; r < rows; r++, out += k) {
-      if (dense) isa().to_f32(dense->dtype, at(row + r, k0), n, out);
-      else isa().dequantize(quant, row + r, k0, n, out);
+      if (dense)
+        isa().to_f32(dense->dtype, at(row + r, k0), n, out);
+      else
+        isa().dequantize(quant, row + r, k0, n, out);
       std::fill(out + n, out + k, 0.0f);
     }
   }
@@ -72,8 +72,10 @@ void one_token(const float* x, const Weights& w, const float* bias, int64_t begi
   float sums[step];
   for (int64_t r0 = begin; r0 < end; r0 += step) {
     const int64_t rows = std::min(step, end - r0);
-    if (w.dense) isa().gemv(w.dense->dtype, w.at(r0, 0), w.in, rows, w.in, x, sums);
-    else isa().gemv_quant(w.quant, r0, r0 + rows, w.in, x, sums);
+    if (w.dense)
+      isa().gemv(w.dense->dtype, w.at(r0, 0), w.in, rows, w.in, x, sums);
+    else
+      isa().gemv_quant(w.quant, r0, r0 + rows, w.in, x, sums);
     for (int64_t r = 0; r < rows; r++) {
       float v = sums[r];
       if (bias) v += bias[r0 - begin + r];
@@ -84,8 +86,8 @@ void one_token(const float* x, const Weights& w, const float* bias, int64_t begi
 }
 
 // Up to token_block tokens: per panel of rows, the k blocks in turn, the lane sums waiting in `acc` between them.
-void some_tokens(const float* x, int64_t ldx, int64_t n, int64_t padded, const Weights& w, const float* bias, int64_t begin, int64_t end,
-                 bool beta, float* y, int64_t ldy) {
+void some_tokens(const float* x, int64_t ldx, int64_t n, int64_t padded, const Weights& w, const float* bias, int64_t begin,
+                 int64_t end, bool beta, float* y, int64_t ldy) {
   thread_local Scratch scratch;
   const Isa& kern = isa();
   // Few tokens: a panel small enough for L1.
@@ -97,8 +99,20 @@ void some_tokens(const float* x, int64_t ldx, int64_t n, int64_t padded, const W
     const int64_t rows = std::min(panel, end - r0);
     for (int64_t k0 = 0; k0 < padded; k0 += block) {
       const int64_t k = std::min(block, padded - k0);
-      DotPanel p{.k = k, .rows = rows, .tokens = n, .w = expanded, .x = x + k0, .ldw = k, .ldx = ldx, .ldy = ldy, .acc = acc,
-                 .first = k0 == 0, .last = k0 + k == padded, .beta = beta, .bias = bias ? bias + (r0 - begin) : nullptr, .y = y + r0};
+      DotPanel p{.k = k,
+                 .rows = rows,
+                 .tokens = n,
+                 .w = expanded,
+                 .x = x + k0,
+                 .ldw = k,
+                 .ldx = ldx,
+                 .ldy = ldy,
+                 .acc = acc,
+                 .first = k0 == 0,
+                 .last = k0 + k == padded,
+                 .beta = beta,
+                 .bias = bias ? bias + (r0 - begin) : nullptr,
+                 .y = y + r0};
       if (w.in_place()) {
         p.w = static_cast<const float*>(w.at(r0, k0));
         p.ldw = w.in;
@@ -112,18 +126,20 @@ void some_tokens(const float* x, int64_t ldx, int64_t n, int64_t padded, const W
 
 void check(const Matrix& w, const Tensor* bias, float beta) {
   if (const Tensor* t = std::get_if<Tensor>(&w))
-    require(t->dtype == DType::f32 || t->dtype == DType::f16 || t->dtype == DType::bf16, "linear: weights must be f32, f16 or bf16");
+    require(t->dtype == DType::f32 || t->dtype == DType::f16 || t->dtype == DType::bf16,
+            "linear: weights must be f32, f16 or bf16");
   require(beta == 0 || beta == 1, "linear: beta must be 0 or 1");
   if (bias) {
-    require(bias->dtype == DType::f32 || bias->dtype == DType::f16 || bias->dtype == DType::bf16, "linear: the bias must be f32, f16 or bf16");
+    require(bias->dtype == DType::f32 || bias->dtype == DType::f16 || bias->dtype == DType::bf16,
+            "linear: the bias must be f32, f16 or bf16");
     require(bias->size() == out_features(w), "linear: the bias must have one element per output");
   }
 }
 
 }  // namespace
 
-void linear_serial(const float* x, int64_t ldx, int64_t n, const Matrix& w, const Tensor* bias, int64_t begin, int64_t end, float beta,
-                   float* y, int64_t ldy) {
+void linear_serial(const float* x, int64_t ldx, int64_t n, const Matrix& w, const Tensor* bias, int64_t begin, int64_t end,
+                   float beta, float* y, int64_t ldy) {
   check(w, bias, beta);
   if (n <= 0 || begin >= end) return;
   const Weights weights(w);
@@ -139,8 +155,10 @@ void linear_serial(const float* x, int64_t ldx, int64_t n, const Matrix& w, cons
       ld = padded;
     }
     float* yt = y + t * ldy;
-    if (tokens == 1 && (!weights.dense || padded == weights.in)) one_token(xt, weights, b, begin, end, beta != 0, yt);
-    else some_tokens(xt, ld, tokens, padded, weights, b, begin, end, beta != 0, yt, ldy);
+    if (tokens == 1 && (!weights.dense || padded == weights.in))
+      one_token(xt, weights, b, begin, end, beta != 0, yt);
+    else
+      some_tokens(xt, ld, tokens, padded, weights, b, begin, end, beta != 0, yt, ldy);
   }
 }
 

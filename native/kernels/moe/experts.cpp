@@ -15,7 +15,7 @@ constexpr int64_t channel_block = 128;  // output channels of one tile
 
 struct Tile {
   int32_t expert;
-  int64_t row, rows;          // pairs [row, row + rows)
+  int64_t row, rows;  // pairs [row, row + rows)
   int64_t channel, channels;
 };
 
@@ -58,8 +58,8 @@ template <class F> void for_tiles(const std::vector<Tile>& tiles, F body) {
 
 }  // namespace
 
-void run_experts(const float* x, int64_t n, int64_t d, const float* weights, const int32_t* indices, int64_t k, const Experts& experts,
-                 float beta, float* out, ExpertsScratch& s) {
+void run_experts(const float* x, int64_t n, int64_t d, const float* weights, const int32_t* indices, int64_t k,
+                 const Experts& experts, float beta, float* out, ExpertsScratch& s) {
   const int64_t f = out_features(experts.gate[0]);
   sort_pairs(indices, n * k, experts.gate.size(), s);
   const int64_t pairs = int64_t(s.slot_of_pair.size());
@@ -76,12 +76,11 @@ void run_experts(const float* x, int64_t n, int64_t d, const float* weights, con
     float *hidden = s.hidden.data() + t.row * f, *up = s.up.data() + t.row * f;
     linear_serial(rows, d, t.rows, experts.gate[size_t(t.expert)], nullptr, t.channel, t.channel + t.channels, 0, hidden, f);
     linear_serial(rows, d, t.rows, experts.up[size_t(t.expert)], nullptr, t.channel, t.channel + t.channels, 0, up, f);
-    for (int64_t r = 0; r < t.rows; r++)
-      glu(experts.activation, hidden + r * f + t.channel, up + r * f + t.channel, t.channels);
+    for (int64_t r = 0; r < t.rows; r++) glu(experts.activation, hidden + r * f + t.channel, up + r * f + t.channel, t.channels);
   });
   for_tiles(tiles_for(s.offsets, d), [&](const Tile& t) {  // the gathered rows are used up: their memory takes the results
-    linear_serial(s.hidden.data() + t.row * f, f, t.rows, experts.down[size_t(t.expert)], nullptr, t.channel, t.channel + t.channels, 0,
-                  s.rows.data() + t.row * d, d);
+    linear_serial(s.hidden.data() + t.row * f, f, t.rows, experts.down[size_t(t.expert)], nullptr, t.channel,
+                  t.channel + t.channels, 0, s.rows.data() + t.row * d, d);
   });
   parallel_for((n + 15) / 16, [&](int64_t task) {
     for (int64_t t = task * 16; t < std::min(n, task * 16 + 16); t++) {

@@ -27,8 +27,8 @@ struct ExpertsScratch {
   std::vector<float> rows, hidden, up;
 };
 
-void run_experts(const float* x, int64_t n, int64_t d, const float* weights, const int32_t* indices, int64_t k, const Experts& experts,
-                 float beta, float* out, ExpertsScratch& scratch);
+void run_experts(const float* x, int64_t n, int64_t d, const float* weights, const int32_t* indices, int64_t k,
+                 const Experts& experts, float beta, float* out, ExpertsScratch& scratch);
 // The oracle: token by token, slot by slot, plain loops.
 void run_experts_reference(const float* x, int64_t n, int64_t d, const float* weights, const int32_t* indices, int64_t k,
                            const Experts& experts, float beta, float* out);

@@ -39,9 +39,10 @@ struct Context {
 };
 
 // Query rows [begin, begin + count) of a sequence for all heads that share one kv head.
-void attend_block(const float* q, const Sequence& s, const Context& ctx, const Attention& a, int64_t kv_head, int64_t begin, int64_t count,
-                  float* out) {
-  const int64_t group = a.heads / a.kv_heads, rows = count * group, width = a.heads * a.head_dim, kv_width = a.kv_heads * a.head_dim;
+void attend_block(const float* q, const Sequence& s, const Context& ctx, const Attention& a, int64_t kv_head, int64_t begin,
+                  int64_t count, float* out) {
+  const int64_t group = a.heads / a.kv_heads, rows = count * group, width = a.heads * a.head_dim,
+                kv_width = a.kv_heads * a.head_dim;
   const int64_t first_position = s.position + begin, visible = first_position + count;
   const int64_t from = a.window > 0 ? std::max<int64_t>(0, first_position - a.window + 1) : 0;
   const int64_t span = visible - from;
@@ -70,8 +71,8 @@ void attend_block(const float* q, const Sequence& s, const Context& ctx, const A
       std::fill(row + end, row + span, 0.f);
     }
   }
-  gemm_f32_serial(rows, a.head_dim, span, 1, {scores.data(), DType::f32, span, 1}, {values, DType::f32, kv_width, 1}, 0, result.data(),
-                  a.head_dim);
+  gemm_f32_serial(rows, a.head_dim, span, 1, {scores.data(), DType::f32, span, 1}, {values, DType::f32, kv_width, 1}, 0,
+                  result.data(), a.head_dim);
   for (int64_t i = 0; i < count; i++)
     for (int64_t g = 0; g < group; g++)
       std::memcpy(out + (s.begin + begin + i) * width + (kv_head * group + g) * a.head_dim,
@@ -80,7 +81,8 @@ void attend_block(const float* q, const Sequence& s, const Context& ctx, const A
 
 }  // namespace
 
-void attention(const float* q, const float* k, const float* v, const std::vector<Sequence>& sequences, const Attention& a, float* out) {
+void attention(const float* q, const float* k, const float* v, const std::vector<Sequence>& sequences, const Attention& a,
+               float* out) {
   const int64_t kv_width = a.kv_heads * a.head_dim;
   struct Task {
     const Sequence* sequence;

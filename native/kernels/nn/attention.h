@@ -28,6 +28,7 @@ struct Attention {
   int64_t layer = 0, heads = 0, kv_heads = 0, head_dim = 0, window = 0;
   float scale = 1;
 };
-void attention(const float* q, const float* k, const float* v, const std::vector<Sequence>& sequences, const Attention& a, float* out);
+void attention(const float* q, const float* k, const float* v, const std::vector<Sequence>& sequences, const Attention& a,
+               float* out);
 
 }  // namespace eac

@@ -6,10 +6,10 @@
 namespace eac {
 
 struct Sampling {
-  float temperature = 0;          // 0: the largest logit (ties: the smaller id)
-  int64_t top_k = 0;              // 0: off
-  double top_p = 1;               // 1: off
-  std::vector<double> uniform;    // one number in [0, 1) a row
+  float temperature = 0;        // 0: the largest logit (ties: the smaller id)
+  int64_t top_k = 0;            // 0: off
+  double top_p = 1;             // 1: off
+  std::vector<double> uniform;  // one number in [0, 1) a row
 };
 // One id a row of logits (n × vocabulary): softmax(logits / temperature), cut to the top_k largest and then to the smallest set
 // whose probability reaches top_p, renormalised, inverted at the row's uniform number in falling order of probability.

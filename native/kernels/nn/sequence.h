@@ -11,7 +11,9 @@ namespace eac {
 // Keys and values of one sequence, a layer after the other; rows are tokens. Capacity doubles when it runs out.
 class KvCache {
  public:
-  struct Widths { int64_t key, value; };
+  struct Widths {
+    int64_t key, value;
+  };
   explicit KvCache(std::vector<Widths> widths) : widths_(std::move(widths)), keys_(widths_.size()), values_(widths_.size()) {}
 
   int64_t length = 0;  // tokens that count; rows beyond are scratch of the batch in flight

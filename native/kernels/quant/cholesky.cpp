@@ -11,7 +11,7 @@
 namespace eac {
 namespace {
 
-constexpr int64_t leaf = 64;       // below this size: plain loops
+constexpr int64_t leaf = 64;        // below this size: plain loops
 constexpr int64_t syrk_leaf = 256;  // below this size a full square is cheaper than its lower half in pieces
 
 // Half of n, rounded so that the left part is a whole number of leaves.
@@ -123,7 +123,8 @@ void cholesky_leaf(double* a, int64_t n, int64_t ld) {
 void invert_leaf(double* l, int64_t n, int64_t ld) {
   for (int64_t j = 0; j < n; j++) {
     l[j * ld + j] = 1 / l[j * ld + j];
-    for (int64_t i = j + 1; i < n; i++) {  // rows above i hold the inverse's column j already; row i still holds L, its diagonal too
+    for (int64_t i = j + 1; i < n;
+         i++) {  // rows above i hold the inverse's column j already; row i still holds L, its diagonal too
       double s = 0;
       for (int64_t k = j; k < i; k++) s += l[i * ld + k] * l[k * ld + j];
       l[i * ld + j] = -s / l[i * ld + i];

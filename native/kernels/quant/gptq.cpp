@@ -33,17 +33,24 @@ struct Solver {
   const HessianFactor& f;
   const QuantOptions& o;
   int64_t rows, cols, group_size, block, padded_rows;
-  Tensor w;       // f32 (rows, cols), columns in the factor's order; updated as blocks are done
-  Tensor err;     // f32 (rows, block)
-  Tensor codes;   // u8 (rows, cols), by channel
+  Tensor w;                        // f32 (rows, cols), columns in the factor's order; updated as blocks are done
+  Tensor err;                      // f32 (rows, block)
+  Tensor codes;                    // u8 (rows, cols), by channel
   std::vector<float> scale, zero;  // (groups, padded_rows)
   std::vector<double> row_error;   // (padded_rows)
 
   Solver(const Tensor& source, const HessianFactor& factor, const QuantOptions& options)
-      : f(factor), o(options), rows(source.rows()), cols(source.cols()), group_size(std::min(o.group_size, cols)),
-        block(std::min(block_size(group_size, cols), cols)), padded_rows((rows + chunk_rows - 1) / chunk_rows * chunk_rows),
-        w(Tensor::zeros(DType::f32, {rows, cols})), err(Tensor::zeros(DType::f32, {rows, block})),
-        codes(Tensor::zeros(DType::u8, {rows, cols})), row_error(padded_rows) {
+      : f(factor),
+        o(options),
+        rows(source.rows()),
+        cols(source.cols()),
+        group_size(std::min(o.group_size, cols)),
+        block(std::min(block_size(group_size, cols), cols)),
+        padded_rows((rows + chunk_rows - 1) / chunk_rows * chunk_rows),
+        w(Tensor::zeros(DType::f32, {rows, cols})),
+        err(Tensor::zeros(DType::f32, {rows, block})),
+        codes(Tensor::zeros(DType::u8, {rows, cols})),
+        row_error(padded_rows) {
     const int64_t groups = (cols + group_size - 1) / group_size;
     scale.assign(groups * padded_rows, 1.0f);
     zero.assign(groups * padded_rows, 0.0f);
@@ -100,7 +107,8 @@ struct Solver {
       if (!f.act_order && c % group_size == 0) fit_from_block(c, b0, b1, r0, count, wt);
       const float* u = f.u.f32() + c * cols + b0;
       uint8_t code[chunk_rows];
-      quantize_column(wt + i * chunk_rows, &scale[g * padded_rows + r0], &zero[g * padded_rows + r0], u[i], e, code, &row_error[r0]);
+      quantize_column(wt + i * chunk_rows, &scale[g * padded_rows + r0], &zero[g * padded_rows + r0], u[i], e, code,
+                      &row_error[r0]);
       for (int64_t r = 0; r < count; r++) {
         codes.as<uint8_t>()[(r0 + r) * cols + channel] = code[r];
         err.f32()[(r0 + r) * block + i] = e[r];
@@ -118,8 +126,8 @@ struct Solver {
       const int64_t b1 = std::min(cols, b0 + block);
       parallel_for(padded_rows / chunk_rows, [&](int64_t chunk) { solve_block(b0, b1, chunk * chunk_rows); });
       if (b1 == cols) break;
-      gemm_f32(rows, cols - b1, b1 - b0, -1.0f, {err.data, DType::f32, block, 1}, {f.u.f32() + b0 * cols + b1, DType::f32, cols, 1},
-               1.0f, w.f32() + b1, cols);
+      gemm_f32(rows, cols - b1, b1 - b0, -1.0f, {err.data, DType::f32, block, 1},
+               {f.u.f32() + b0 * cols + b1, DType::f32, cols, 1}, 1.0f, w.f32() + b1, cols);
     }
   }
 };

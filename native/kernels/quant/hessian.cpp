@@ -24,8 +24,9 @@ void require_finite(const Tensor& h) {
     int bad = 0;
     for (int64_t j = 0; j < n; j++) bad |= !(std::fabs(h.f32()[i * n + j]) <= std::numeric_limits<float>::max());
     if (bad)
-      throw Error("NOT_POSITIVE_DEFINITE", "the Hessian holds NaN or infinity: the calibration activations overflowed, which no damping cures; "
-                                           "check the model and the calibration data before you raise the damping");
+      throw Error("NOT_POSITIVE_DEFINITE",
+                  "the Hessian holds NaN or infinity: the calibration activations overflowed, which no damping cures; "
+                  "check the model and the calibration data before you raise the damping");
   });
 }
 
@@ -39,8 +40,9 @@ void accumulate_hessian(Tensor& h, const Tensor& x, const float* weights) {
 
 void accumulate_cross(Tensor& d, const Tensor& x_full, const Tensor& x, const float* weights) {
   const int64_t m = x.rows(), n = x.cols();
-  require(is_matrix(x, DType::f32) && is_matrix(x_full, DType::f32) && x_full.rows() == m && x_full.cols() == n && is_square(d, n),
-          "accumulate_cross: both streams must be f32 (m, n) and D f32 (n, n)");
+  require(
+      is_matrix(x, DType::f32) && is_matrix(x_full, DType::f32) && x_full.rows() == m && x_full.cols() == n && is_square(d, n),
+      "accumulate_cross: both streams must be f32 (m, n) and D f32 (n, n)");
   constexpr int64_t chunk = 2048;  // the differences of this many tokens at a time
   Tensor diff = Tensor::zeros(DType::f32, {std::min(m, chunk), n});
   for (int64_t t0 = 0; t0 < m; t0 += chunk) {
@@ -95,8 +97,10 @@ HessianFactor factor_hessian(const Tensor& h, double damping, bool act_order) {
 
 Tensor two_stream_target(const Tensor& w, const HessianFactor& f, const Tensor& d, float beta) {
   const int64_t m = w.rows(), n = f.n;
-  require(w.shape.size() == 2 && w.cols() == n && is_square(d, n), "two_stream_target: W must be (out, n) and D f32 (n, n), like the factor");
-  require(w.dtype == DType::f32 || w.dtype == DType::f16 || w.dtype == DType::bf16, "two_stream_target: W must be f32, f16 or bf16");
+  require(w.shape.size() == 2 && w.cols() == n && is_square(d, n),
+          "two_stream_target: W must be (out, n) and D f32 (n, n), like the factor");
+  require(w.dtype == DType::f32 || w.dtype == DType::f16 || w.dtype == DType::bf16,
+          "two_stream_target: W must be f32, f16 or bf16");
   Tensor wd = Tensor::zeros(DType::f32, {m, n}), p = Tensor::zeros(DType::f32, {m, n});
   gemm_f32(m, n, n, 1.0f, {w.data, w.dtype, n, 1}, plain(d.f32(), n), 0.0f, wd.f32(), n);
   parallel_for(m, [&](int64_t r) {

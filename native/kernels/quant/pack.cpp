@@ -14,8 +14,7 @@ void pack_block(const uint8_t* c, int bits, uint8_t* out) {
     for (int j = 0; j < 16; j++) out[j] = uint8_t(c[j] | c[j + 16] << 4);
     return;
   }
-  for (int j = 0; j < 8; j++)
-    out[j] = uint8_t((c[j] & 3) | (c[j + 8] & 3) << 2 | (c[j + 16] & 3) << 4 | (c[j + 24] & 3) << 6);
+  for (int j = 0; j < 8; j++) out[j] = uint8_t((c[j] & 3) | (c[j + 8] & 3) << 2 | (c[j + 16] & 3) << 4 | (c[j + 24] & 3) << 6);
   if (bits == 2) return;
   for (int j = 0; j < 4; j++) {
     int high = 0;
@@ -139,7 +138,8 @@ Tensor dequantize(const QuantMatrix& q) {
     for (int64_t g = 0, c = 0; c < q.cols; g++) {
       const float scale = f16_to_f32(q.scales.as<uint16_t>()[r * q.groups() + g]);
       const int zero = q.zeros.as<uint8_t>()[r * q.groups() + g];
-      for (const int64_t end = std::min(q.cols, c + q.group_size); c < end; c++) w.f32()[r * q.cols + c] = scale * float(codes[c] - zero);
+      for (const int64_t end = std::min(q.cols, c + q.group_size); c < end; c++)
+        w.f32()[r * q.cols + c] = scale * float(codes[c] - zero);
     }
   });
   return w;
@@ -179,7 +179,8 @@ QuantMatrix from_gptq(const GptqTensors& t, int64_t rows, int64_t cols, int bits
   if (t.g_idx.data) {  // optional: checkpoints without act-order often leave it out
     require(t.g_idx.dtype == DType::i32 && t.g_idx.size() == cols, "g_idx must be i32 (in)");
     for (int64_t c = 0; c < cols; c++)
-      require(t.g_idx.i32()[c] == c / group_size, "g_idx is not channel / group_size: groups of scattered channels are not supported");
+      require(t.g_idx.i32()[c] == c / group_size,
+              "g_idx is not channel / group_size: groups of scattered channels are not supported");
   }
   const int64_t bytes = quant_block_bytes(bits);
   parallel_for(q.blocks(), [&](int64_t b) {

@@ -10,10 +10,10 @@
 namespace eac {
 
 struct QuantOptions {
-  int bits = 4;               // 2, 3 or 4
-  int64_t group_size = 128;   // positive multiple of 32; larger than cols: one group
+  int bits = 4;              // 2, 3 or 4
+  int64_t group_size = 128;  // positive multiple of 32; larger than cols: one group
   bool symmetric = false;
-  bool clip_search = false;   // shrink each group's range by 12 steps down to 0.4, keep what minimises the weighted squared error
+  bool clip_search = false;  // shrink each group's range by 12 steps down to 0.4, keep what minimises the weighted squared error
 };
 
 // Round to nearest. `importance` (cols, f32) weights the clip search; may be null. W: f32, f16 or bf16 (rows, cols).
@@ -48,7 +48,8 @@ GptqResult quantize_gptq(const Tensor& w, const HessianFactor& f, const QuantOpt
 
 // Codes as plain numbers, and back. codes: u8 (rows, cols).
 Tensor unpack_codes(const QuantMatrix& q);
-QuantMatrix pack_codes(const Tensor& codes, const Tensor& scales_f16, const Tensor& zeros_u8, int bits, int64_t group_size, bool symmetric);
+QuantMatrix pack_codes(const Tensor& codes, const Tensor& scales_f16, const Tensor& zeros_u8, int bits, int64_t group_size,
+                       bool symmetric);
 Tensor dequantize(const QuantMatrix& q);  // f32 (rows, cols)
 
 // The GPTQ v2 checkpoint layout ("true zero points"), as GPTQModel writes it:
@@ -57,7 +58,9 @@ Tensor dequantize(const QuantMatrix& q);  // f32 (rows, cols)
 //   qzeros  i32 (groups, ceil(rows/32)*bits): zero points packed the same way along the output channels
 //   scales  f16 (groups, rows)
 //   g_idx   i32 (cols): channel / group_size
-struct GptqTensors { Tensor qweight, qzeros, scales, g_idx; };
+struct GptqTensors {
+  Tensor qweight, qzeros, scales, g_idx;
+};
 GptqTensors to_gptq(const QuantMatrix& q);
 QuantMatrix from_gptq(const GptqTensors& t, int64_t rows, int64_t cols, int bits, int64_t group_size, bool symmetric);
 

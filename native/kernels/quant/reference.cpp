@@ -57,13 +57,18 @@ struct Draft {
   std::vector<Params> params;  // (rows, groups)
 
   Draft(int64_t rows_, int64_t cols_, const QuantOptions& options)
-      : o(options), rows(rows_), cols(cols_), group_size(std::min(o.group_size, cols)), groups((cols + group_size - 1) / group_size),
-        codes(Tensor::zeros(DType::u8, {rows, cols})), scales(Tensor::zeros(DType::f16, {rows, groups})),
-        zeros(Tensor::zeros(DType::u8, {rows, groups})), params(rows * groups) {}
+      : o(options),
+        rows(rows_),
+        cols(cols_),
+        group_size(std::min(o.group_size, cols)),
+        groups((cols + group_size - 1) / group_size),
+        codes(Tensor::zeros(DType::u8, {rows, cols})),
+        scales(Tensor::zeros(DType::f16, {rows, groups})),
+        zeros(Tensor::zeros(DType::u8, {rows, groups})),
+        params(rows * groups) {}
 
   // at(c): row r's current weight of channel c; importance by channel or null
-  template <class At, class Importance>
-  void fit(int64_t r, int64_t g, At at, const Importance* importance) {
+  template <class At, class Importance> void fit(int64_t r, int64_t g, At at, const Importance* importance) {
     std::vector<float> values;
     std::vector<double> weight;
     for (int64_t c = g * group_size; c < std::min(cols, (g + 1) * group_size); c++) {
@@ -131,11 +136,14 @@ GptqResult quantize_gptq_reference(const Tensor& w, const Tensor& h, double damp
 
   std::vector<int64_t> order(n);
   std::iota(order.begin(), order.end(), 0);
-  if (act_order) std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return float(diagonal[a]) > float(diagonal[b]); });
+  if (act_order)
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return float(diagonal[a]) > float(diagonal[b]); });
 
   Draft draft(rows, n, o);
   const auto fit = [&](int64_t g) {
-    for (int64_t r = 0; r < rows; r++) draft.fit(r, g, [&](int64_t c) { return current[r * n + c]; }, diagonal.data());
+    for (int64_t r = 0; r < rows; r++)
+      draft.fit(
+          r, g, [&](int64_t c) { return current[r * n + c]; }, diagonal.data());
   };
   for (int64_t g = 0; act_order && g < draft.groups; g++) fit(g);
   double error = 0;

@@ -45,8 +45,7 @@ GroupParams params_for(Range range, float shrink, const QuantOptions& o) {
   return p;
 }
 
-template <bool weighted>
-float group_error(const float* w, int64_t n, GroupParams p, int bits, const float* importance) {
+template <bool weighted> float group_error(const float* w, int64_t n, GroupParams p, int bits, const float* importance) {
   const float scale = p.scale(), low = -float(p.zero), high = float((1 << bits) - 1) + low;
   float sum[lanes] = {};
   const auto term = [&](int64_t i) {
@@ -84,7 +83,8 @@ GroupParams fit_group(const float* w, int64_t n, const QuantOptions& o, const fl
 }
 
 void require_weight(const Tensor& w) {
-  require(w.dtype == DType::f32 || w.dtype == DType::f16 || w.dtype == DType::bf16, "weights to quantize must be f32, f16 or bf16");
+  require(w.dtype == DType::f32 || w.dtype == DType::f16 || w.dtype == DType::bf16,
+          "weights to quantize must be f32, f16 or bf16");
   require(w.shape.size() == 2 && w.cols() > 0, "a weight to quantize must be a matrix (out, in) with at least one column");
 }
 
@@ -100,7 +100,8 @@ void load_row(const Tensor& w, int64_t row, float* out) {
   }
   int bad = 0;
   for (int64_t i = 0; i < n; i++) bad |= !(std::fabs(out[i]) <= std::numeric_limits<float>::max());
-  if (bad) throw Error("NON_FINITE", "row " + std::to_string(row) + " of the weight holds NaN or infinity and cannot be quantized");
+  if (bad)
+    throw Error("NON_FINITE", "row " + std::to_string(row) + " of the weight holds NaN or infinity and cannot be quantized");
 }
 
 QuantMatrix quantize_rtn(const Tensor& w, const QuantOptions& o, const float* importance) {

@@ -27,9 +27,11 @@ Operand plain(const Tensor& t) { return {t.data, t.dtype, t.cols(), 1}; }
 Operand transposed(const Tensor& t) { return {t.data, t.dtype, 1, t.cols()}; }
 
 void check(const Tensor& w, const Tensor& x, const Tensor& targets, const RouterCalibrationOptions& o) {
-  require(w.dtype == DType::f32 || w.dtype == DType::f16 || w.dtype == DType::bf16, "calibrate_router: W must be f32, f16 or bf16");
+  require(w.dtype == DType::f32 || w.dtype == DType::f16 || w.dtype == DType::bf16,
+          "calibrate_router: W must be f32, f16 or bf16");
   require(x.dtype == DType::f32 && targets.dtype == DType::f32, "calibrate_router: X and the targets must be f32");
-  require(w.shape.size() == 2 && x.shape.size() == 2 && targets.shape.size() == 2, "calibrate_router: W, X and the targets must be matrices");
+  require(w.shape.size() == 2 && x.shape.size() == 2 && targets.shape.size() == 2,
+          "calibrate_router: W, X and the targets must be matrices");
   require(w.size() > 0 && x.cols() == w.cols(), "calibrate_router: W (E, d) and X (N, d) must agree in d");
   require(targets.cols() == w.rows() && targets.rows() == x.rows(), "calibrate_router: the targets must be (N, E)");
   require(o.k >= 1 && o.k <= w.rows(), "calibrate_router: k must lie between 1 and the number of experts");
@@ -46,7 +48,8 @@ void require_finite(const Tensor& t, const char* what) {
   parallel_for(t.rows(), [&](int64_t r) {
     int bad = 0;
     for (int64_t j = 0; j < t.cols(); j++) bad |= !std::isfinite(t.f32()[r * t.cols() + j]);
-    if (bad) throw Error("NON_FINITE", std::string("calibrate_router: ") + what + " hold NaN or infinity at token " + std::to_string(r));
+    if (bad)
+      throw Error("NON_FINITE", std::string("calibrate_router: ") + what + " hold NaN or infinity at token " + std::to_string(r));
   });
 }
 
@@ -67,8 +70,7 @@ Tensor window_mask(const Tensor& targets, int64_t k) {
   return mask;
 }
 
-template <class T>
-double dot(const T* a, const double* b, int64_t n) {
+template <class T> double dot(const T* a, const double* b, int64_t n) {
   double sum[4] = {};
   int64_t i = 0;
   for (; i + 4 <= n; i += 4)
@@ -93,7 +95,13 @@ struct Problem {
   std::vector<int64_t> count;  // (E): tokens in the window
 
   Problem(const Tensor& x_, const Tensor& targets_, const Tensor& mask_)
-      : x(x_), targets(targets_), mask(mask_), tokens(x.rows()), dim(x.cols()), experts(targets.cols()), energy(experts),
+      : x(x_),
+        targets(targets_),
+        mask(mask_),
+        tokens(x.rows()),
+        dim(x.cols()),
+        experts(targets.cols()),
+        energy(experts),
         count(experts) {
     std::vector<double> norm(tokens);
     parallel_for(tokens, [&](int64_t t) {
@@ -109,8 +117,7 @@ struct Problem {
 
   // out (active × d) = sum_t f(m, s, T) x_t with s = X P^T; P (active × d) holds the rows `active` of an E × d matrix.
   // f(t, e, s) runs once for every token and active expert; it may keep sums by expert.
-  template <class F>
-  Tensor apply(const Tensor& p, const std::vector<int64_t>& active, F f, bool product = true) const {
+  template <class F> Tensor apply(const Tensor& p, const std::vector<int64_t>& active, F f, bool product = true) const {
     const int64_t rows = int64_t(active.size()), chunk = std::min(chunk_tokens, tokens);
     Tensor out = Tensor::zeros(DType::f32, {rows, dim}), s = Tensor::zeros(DType::f32, {chunk, rows});
     for (int64_t t0 = 0; t0 < tokens; t0 += chunk) {
@@ -135,7 +142,8 @@ struct Problem {
     std::vector<int64_t> all(experts);
     std::iota(all.begin(), all.end(), 0);
     Tensor diff = Tensor::zeros(DType::f32, {tokens, experts});
-    Tensor b = apply(w, all, [&](int64_t at, float s) { return diff.f32()[at] = targets.f32()[at] - s; }, product);
+    Tensor b = apply(
+        w, all, [&](int64_t at, float s) { return diff.f32()[at] = targets.f32()[at] - s; }, product);
     double sum = 0, count = 0;
     for (int64_t i = 0; i < diff.size(); i++) {
       sum += double(diff.f32()[i]) * diff.f32()[i];
@@ -217,7 +225,14 @@ struct Solver {
 
   // w: the rows to correct; b (E × d): their right-hand sides
   Solver(const Problem& problem_, const RouterCalibrationOptions& o_, const Tensor& w, const Tensor& b)
-      : problem(problem_), o(o_), dim(problem_.dim), rows(problem_.experts), v(b.size()), r(b.size()), p(b.size()), best(b.size()) {
+      : problem(problem_),
+        o(o_),
+        dim(problem_.dim),
+        rows(problem_.experts),
+        v(b.size()),
+        r(b.size()),
+        p(b.size()),
+        best(b.size()) {
     for (int64_t e = 0; e < problem.experts; e++) {
       double* row = &r[e * dim];
       std::copy_n(b.f32() + e * dim, dim, row);
@@ -333,7 +348,8 @@ RouterCalibration calibrate_router(const Tensor& w, const Tensor& x, const Tenso
   return result;
 }
 
-RouterCalibration calibrate_router_reference(const Tensor& w, const Tensor& x, const Tensor& targets, const RouterCalibrationOptions& o) {
+RouterCalibration calibrate_router_reference(const Tensor& w, const Tensor& x, const Tensor& targets,
+                                             const RouterCalibrationOptions& o) {
   check(w, x, targets, o);
   const int64_t experts = w.rows(), d = w.cols(), tokens = x.rows();
   RouterCalibration result;

@@ -15,20 +15,21 @@
 namespace eac {
 
 struct RouterCalibrationOptions {
-  int64_t k = 0;              // window, 1..E
+  int64_t k = 0;  // window, 1..E
   double ridge = 1e-3;
   double tolerance = 1e-5;
   int max_iterations = 100;
-  double direct_below = 32;   // 0: iterate on every row
+  double direct_below = 32;  // 0: iterate on every row
 };
 struct RouterCalibration {
-  Tensor weight;              // f32 (E, d)
+  Tensor weight;  // f32 (E, d)
   int iterations = 0;
   double loss_before = 0, loss_after = 0;  // Eq. 5: mean squared difference over the windows
 };
 // w: f32/f16/bf16 (E, d); x: f32 (N, d); targets: f32 (N, E).
 RouterCalibration calibrate_router(const Tensor& w, const Tensor& x, const Tensor& targets, const RouterCalibrationOptions& o);
 // The oracle: forms every G_e and solves it by Cholesky in f64.
-RouterCalibration calibrate_router_reference(const Tensor& w, const Tensor& x, const Tensor& targets, const RouterCalibrationOptions& o);
+RouterCalibration calibrate_router_reference(const Tensor& w, const Tensor& x, const Tensor& targets,
+                                             const RouterCalibrationOptions& o);
 
 }  // namespace eac

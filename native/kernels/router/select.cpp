@@ -12,7 +12,8 @@ constexpr float minus_infinity = -std::numeric_limits<float>::infinity();
 constexpr int64_t rows_per_task = 32;
 
 // Softmax scores of the experts with keep[e] (null: all); the sum runs over all experts, kept or not.
-void softmax_top_k(const float* logits, const uint8_t* keep, const RouterSpec& r, float* scores, float* weights, int32_t* indices) {
+void softmax_top_k(const float* logits, const uint8_t* keep, const RouterSpec& r, float* scores, float* weights,
+                   int32_t* indices) {
   float max = minus_infinity;
   for (int64_t e = 0; e < r.experts; e++) max = std::max(max, logits[e]);
   float sum = 0;
@@ -32,7 +33,8 @@ void softmax_top_k(const float* logits, const uint8_t* keep, const RouterSpec& r
 }
 
 // Each choice in turn is the best remaining expert, weighted by its softmax among the remaining experts close enough to it.
-void sparse_mixer(const float* logits, const uint8_t* keep, const RouterSpec& r, float* scores, float* weights, int32_t* indices) {
+void sparse_mixer(const float* logits, const uint8_t* keep, const RouterSpec& r, float* scores, float* weights,
+                  int32_t* indices) {
   for (int64_t e = 0; e < r.experts; e++) scores[e] = !keep || keep[e] ? logits[e] : minus_infinity;
   for (int64_t k = 0; k < r.top_k; k++) {
     int32_t best = -1;
@@ -54,8 +56,10 @@ void sparse_mixer(const float* logits, const uint8_t* keep, const RouterSpec& r,
 }
 
 void select_row(const float* logits, const uint8_t* keep, const RouterSpec& r, float* scores, float* weights, int32_t* indices) {
-  if (r.scoring == Scoring::softmax) softmax_top_k(logits, keep, r, scores, weights, indices);
-  else sparse_mixer(logits, keep, r, scores, weights, indices);
+  if (r.scoring == Scoring::softmax)
+    softmax_top_k(logits, keep, r, scores, weights, indices);
+  else
+    sparse_mixer(logits, keep, r, scores, weights, indices);
 }
 
 void mask_row(const uint8_t* keep, PruneMode mode, const RouterSpec& r, float* weights, int32_t* indices) {
@@ -87,8 +91,8 @@ void count_selections(const int32_t* indices, const std::vector<Sequence>& seque
       if (indices[i] >= 0) counts[int64_t(s) * r.experts + indices[i]]++;
 }
 
-void apply_expert_mask(const float* logits, const uint8_t* mask, PruneMode mode, const std::vector<Sequence>& sequences, const RouterSpec& r,
-                       float* weights, int32_t* indices) {
+void apply_expert_mask(const float* logits, const uint8_t* mask, PruneMode mode, const std::vector<Sequence>& sequences,
+                       const RouterSpec& r, float* weights, int32_t* indices) {
   std::vector<float> scores(static_cast<size_t>(r.experts));
   for (size_t s = 0; s < sequences.size(); s++) {
     const uint8_t* keep = mask + int64_t(s) * r.experts;

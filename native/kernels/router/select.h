@@ -30,7 +30,7 @@ void count_selections(const int32_t* indices, const std::vector<Sequence>& seque
 //   renormalize  the survivors' weights are scaled to the sum that all had
 //   reselect     the token chooses again among the kept experts, scores unchanged
 enum class PruneMode { drop, renormalize, reselect };
-void apply_expert_mask(const float* logits, const uint8_t* mask, PruneMode mode, const std::vector<Sequence>& sequences, const RouterSpec& r,
-                       float* weights, int32_t* indices);
+void apply_expert_mask(const float* logits, const uint8_t* mask, PruneMode mode, const std::vector<Sequence>& sequences,
+                       const RouterSpec& r, float* weights, int32_t* indices);
 
 }  // namespace eac
