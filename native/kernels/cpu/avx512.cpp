@@ -20,6 +20,6 @@
 
 namespace eac {
 namespace {
-#include "kernels/cpu/kernels.inl"
 #include "kernels/cpu/simd.inl"
+#include "kernels/cpu/kernels.inl"
 #endif

@@ -20,5 +20,5 @@
 
 namespace eac {
 namespace {
-#include "kernels/cpu/kernels.inl"
 #include "kernels/cpu/simd.inl"
+#include "kernels/cpu/kernels.inl"

@@ -2,9 +2,9 @@
 // EAC_ISA_TABLE, EAC_TOKEN_TILE and EAC_K_BLOCK, EAC_MR and EAC_NV (GEMM tile: rows, vectors), and opens namespace eac { namespace {
 // with its own primitives before it, simd.inl included.
 
+#include "kernels/cpu/gemm.inl"
 #include "kernels/cpu/dot.inl"
 #include "kernels/cpu/elementwise.inl"
-#include "kernels/cpu/gemm.inl"
 
 }  // namespace
 
