@@ -14,7 +14,7 @@ export {
 export type { GenerateOptions, GenerateResult } from './model/generate';
 export type { ExpertPolicy, ExpertSelection } from './model/policy';
 export type { ChatMessage, DecodeOptions, EncodeOptions, Tokenizer, TokenStream } from './model/tokenizer';
-export { quantizeMoE } from './quantize';
+export { quantizeCheckpoint, quantizeMoE } from './quantize';
 export { calibrationSequences, type CalibrationRequest } from './quantize/calibration';
 export { inspectModel, type InspectOptions, type ModelInfo, type ModelSize } from './quantize/inspect';
 export type {

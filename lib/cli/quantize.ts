@@ -2,7 +2,7 @@
 import type { Command } from 'commander';
 import {
   EacMoeError,
-  quantizeMoE,
+  quantizeCheckpoint,
   type CalibrationSource,
   type QuantizeOptions,
   type QuantizeReport,
@@ -158,9 +158,7 @@ async function quantize(path: string, o: Options, { signal, progress }: Context)
     onProgress: ({ fraction, message }) => progress.update(fraction, message),
     signal,
   };
-  const { model, report } = await quantizeMoE(path, options);
-  model.dispose();
-  return report;
+  return quantizeCheckpoint(path, options);
 }
 
 function print(output: string, report: QuantizeReport): void {

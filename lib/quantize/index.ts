@@ -31,7 +31,8 @@ import { makeBatches } from './runner';
  * Compresses the model in directory `source` (Hugging Face layout, full precision) into `options.output`, and loads the result.
  *
  * Memory is bounded by one layer, its Hessians and the hidden states of the calibration tokens (4 f32 values a token and hidden
- * channel), then by the compressed model. The result depends on the source, the options and the seed, not on threads; a killed run continues when it is called again.
+ * channel), then by the compressed model. Calibration `self` runs the whole source model first, and so maps all of it. The result
+ * depends on the source, the options and the seed, not on threads; a killed run continues when it is called again.
  *
  * @throws EacMoeError: INVALID_ARGUMENT for options out of range, FILE_NOT_FOUND, INVALID_CHECKPOINT, INVALID_TENSOR, NON_FINITE or
  * UNSUPPORTED_MODEL for the source, CALIBRATION, TOKENIZER, OUTPUT for the directory or a full disk, ABORTED
