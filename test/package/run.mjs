@@ -85,7 +85,7 @@ function contents(tarball) {
   }
   assert(has(/^package\/scripts\/(install|sources)\.js$/));
   assert(
-    !has(/^package\/(lib|test|models|build[\w-]*|docs/api|node_modules|\.ci)\//),
+    !has(/^package\/(lib|test|models|build[\w-]*|docs\/api|node_modules|\.ci)\//),
     'the tarball holds what it should not',
   );
   assert(statSync(tarball).size < 20e6, 'the tarball is larger than 20 MB');
