@@ -9,6 +9,7 @@ import { openSafetensors } from '../checkpoint/safetensors';
 import { Checkpoint } from '../checkpoint/source';
 import { EacMoeError } from '../errors';
 import { MoeModel, setDevice } from '../model/model';
+import { ProgramBuilder } from '../model/program';
 import { CheckpointWeights, layerMatrices } from '../model/weights';
 import { native, withSignal } from '../native';
 import { version } from '../version';
@@ -105,7 +106,7 @@ class Quantizer {
       bytes: size.bytes,
     });
     const sequences = await this.#sequences(output, given);
-    const streams = sequences.length > 0 ? this.#embed(sequences) : null;
+    const streams = sequences.length > 0 ? await this.#embed(sequences) : null;
     const layers = await this.#layers(output, streams);
     const calibration = {
       sequences: sequences.length,
@@ -193,33 +194,30 @@ class Quantizer {
   }
 
   /** Both streams start with the embeddings. */
-  #embed(sequences: Int32Array[]): Streams {
+  async #embed(sequences: Int32Array[]): Promise<Streams> {
     const { hiddenSize, embedding, vocabSize } = this.architecture;
-    const lengths = sequences.map((s) => s.length);
-    const tokens = lengths.reduce((a, b) => a + b, 0);
+    const batches = makeBatches(sequences.map((s) => s.length));
+    const tokens = batches.at(-1)!.end;
     const zeros = () => native().zeros('f32', [tokens, hiddenSize]);
-    const streams: Streams = {
-      full: zeros(),
-      quantized: zeros(),
-      xFull: zeros(),
-      x: zeros(),
-      batches: makeBatches(lengths),
-    };
+    const streams: Streams = { full: zeros(), quantized: zeros(), xFull: zeros(), x: zeros(), batches };
+    const b = new ProgramBuilder();
+    const h = b.register('h', hiddenSize);
     const table = this.#weights.tensor(embedding.weight, [vocabSize, hiddenSize]);
-    let row = 0;
-    for (const ids of sequences) {
-      const piece = new Float32Array(ids.length * hiddenSize);
-      ids.forEach((id, i) => {
-        const values = table.rows(id, id + 1).toArray();
-        for (let j = 0; j < hiddenSize; j++) piece[i * hiddenSize + j] = values[j]! * embedding.scale;
-      });
-      for (const stream of [streams.full, streams.quantized]) {
-        const view = stream.rows(row, row + ids.length);
-        view.write(piece);
+    b.push({ op: 'embed', out: h, table, scale: embedding.scale });
+    const program = b.build();
+    const frame = native().createFrame(program);
+    for (const stream of [streams.full, streams.quantized]) {
+      let row = 0;
+      for (const ids of sequences) {
+        const view = stream.rows(row, (row += ids.length));
+        frame.bind(h, view);
         view.dispose();
+        frame.begin(ids, [{ length: ids.length }]);
+        await frame.run(0, program.length, this.control);
       }
-      row += ids.length;
     }
+    frame.dispose();
+    program.dispose();
     this.checkpoint.release([embedding.weight]);
     return streams;
   }
