@@ -78,7 +78,7 @@
           'sources': ['<!@(node scripts/sources.js avx512)'],
           'variables': {
             'isa': [
-              '-mavx512f', '-mavx512bw', '-mavx512dq', '-mavx512vl', '-mavx2', '-mfma', '-mf16c',
+              '-mavx512f', '-mavx512bw', '-mavx512dq', '-mavx512vl', '-mavx512vnni', '-mavx2', '-mfma', '-mf16c',
               '-mprefer-vector-width=512',
             ],
           },

@@ -50,4 +50,5 @@ export {
   type LayerShift,
   type ShiftRates,
 } from './evaluate';
+export type { Activations } from '../types/native';
 export { version } from './version';

@@ -9,6 +9,7 @@
  */
 import type {
   Activation,
+  Activations,
   DType,
   HessianFactor,
   Matrix,
@@ -27,6 +28,7 @@ export { EacMoeError, type ErrorCode } from './errors';
 export { ProgramBuilder, type Range } from './model/program';
 export type {
   Activation,
+  Activations,
   Control,
   DType,
   Frame,
@@ -192,9 +194,17 @@ export function calibrateRouter(
   return native().calibrateRouter(w, x, targets, { k, ridge, tolerance, maxIterations });
 }
 
-/** y = x Wᵀ + bias. x f32 [tokens, in]; w [out, in], dense or quantized; bias [out]. Exact: f32 activations and sums. */
-export function linear(x: Tensor, w: Matrix, bias?: Tensor): Promise<Tensor> {
-  return native().linear(x, w, bias);
+export interface ProductOptions {
+  /**
+   * How a product with quantized weights treats its input: `int8` rounds it in blocks of up to 128 channels that share a scale, max|x| / 127,
+   * and sums in exact integers within a block; `float32` (default) is exact. Dense weights are always exact.
+   */
+  activations?: Activations;
+}
+
+/** y = x Wᵀ + bias. x f32 [tokens, in]; w [out, in], dense or quantized; bias [out]; f32 [tokens, out]. */
+export function linear(x: Tensor, w: Matrix, bias?: Tensor, options: ProductOptions = {}): Promise<Tensor> {
+  return native().linear(x, w, bias, options.activations ?? 'float32');
 }
 
 const DEFAULT_ROUTER = { scoring: 'softmax', renormalize: false, scale: 1, jitter: 0 } as const;
@@ -241,6 +251,7 @@ export async function runExperts(
   indices: Tensor,
   experts: ExpertMatrices[],
   activation: Activation = 'silu',
+  options: ProductOptions = {},
 ): Promise<Tensor> {
   const [tokens, width] = matrixShape('x', x);
   const [, topK] = matrixShape('weights', weights);
@@ -273,7 +284,7 @@ export async function runExperts(
     [rw, weights],
     [ri, indices],
   ];
-  const [y] = await runOnce(b, tokens, bindings, [out]);
+  const [y] = await runOnce(b, tokens, bindings, [out], options.activations);
   return y!;
 }
 
@@ -304,10 +315,12 @@ async function runOnce(
   tokens: number,
   bindings: [Register, Tensor][],
   results: Register[],
+  activations: Activations = 'float32',
 ): Promise<Tensor[]> {
   const program = b.build();
   const frame = native().createFrame(program);
   try {
+    frame.setActivations(activations);
     for (const [register, value] of bindings) frame.bind(register, value);
     frame.begin(null, [{ length: tokens }]);
     await frame.run(0, program.length);

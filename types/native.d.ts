@@ -40,9 +40,9 @@ export interface QuantMatrix {
   readonly byteLength: number;
   /** u8 [rows, cols] */
   codes(): Promise<Tensor>;
-  /** f16 [rows, groups], shared */
+  /** f16 [rows, groups], a copy */
   scales(): Tensor;
-  /** u8 [rows, groups], shared */
+  /** u8 [rows, groups], a copy */
   zeros(): Tensor;
   /** f32 [rows, cols] */
   dequantize(): Promise<Tensor>;
@@ -111,6 +111,8 @@ export interface RouterSpec {
 }
 
 export type Register = number;
+/** How products with quantized weights treat their inputs: as int8 in blocks of up to 128 channels, or exactly. */
+export type Activations = 'int8' | 'float32';
 export type Activation = 'silu' | 'gelu' | 'gelu-tanh' | 'relu';
 
 /**
@@ -161,7 +163,10 @@ export type Op =
     }
   /** Applies the frame's expert mask (see Frame.setExpertMask) to weights and indices; nothing when there is none. */
   | { op: 'reselect'; logits: Register; weights: Register; indices: Register; router: RouterSpec }
-  /** out (+)= sum over the chosen experts of weight * down(activation(gate x) * up x); pruned slots (index -1) cost nothing. */
+  /**
+   * out (+)= sum over the chosen experts of weight * down(activation(gate x) * up x); pruned slots (index -1) cost nothing.
+   * `shared`: an expert that every token has, times sigmoid(outputGate x) if that is given.
+   */
   | {
       op: 'experts';
       x: Register;
@@ -172,12 +177,11 @@ export type Op =
       up: Matrix[];
       down: Matrix[];
       activation: Activation;
+      shared?: { gate: Matrix; up: Matrix; down: Matrix; outputGate?: Matrix };
       add?: boolean;
     }
   /** gate = activation(gate) * up, in place. */
   | { op: 'glu'; gate: Register; up: Register; activation: Activation }
-  /** out += sigmoid(gate) * x, gate one number a row; without `gate` out += x. */
-  | { op: 'gatedAdd'; x: Register; out: Register; gate?: Register }
   | { op: 'copy'; x: Register; out: Register }
   /** out, one row a sequence: its last row of x. */
   | { op: 'lastRows'; x: Register; out: Register }
@@ -223,6 +227,8 @@ export interface Frame {
   bind(register: Register, tensor: Tensor | null): void;
   /** Per sequence and expert, 1 = kept, 0 = pruned; `null` = no pruning. Rows: sequences. */
   setExpertMask(mask: Uint8Array | null, mode: 'drop' | 'renormalize' | 'reselect'): void;
+  /** How linear layers and experts with quantized weights treat their inputs in the runs to come; a new frame is at 'float32'. */
+  setActivations(activations: Activations): void;
   setSampling(sampling: Sampling): void;
   /** Runs ops [from, to). */
   run(from: number, to: number, control?: Control): Promise<void>;
@@ -293,7 +299,7 @@ export interface NativeBinding {
   roundRouter(w: Tensor, factor: HessianFactor, dtype: DType): Promise<Tensor>;
 
   /** y = x W^T (+ bias): x f32 [n, in] -> f32 [n, out]. */
-  linear(x: Tensor, w: Matrix, bias?: Tensor): Promise<Tensor>;
+  linear(x: Tensor, w: Matrix, bias: Tensor | undefined, activations: Activations): Promise<Tensor>;
 
   /** Negative log-likelihood in nats of targets[i] under softmax(logits row i); targets -1 give 0. */
   tokenNll(logits: Tensor, targets: Int32Array): Promise<Float64Array>;

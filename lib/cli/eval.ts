@@ -1,11 +1,12 @@
 /** `eac-moe eval`: perplexity, KL divergence, expert shift, multiple choice; with or without pruning. */
 import type { Command } from 'commander';
-import { EacMoeError, evaluate, MoeModel, pruneExperts, type Evaluation } from '../index';
+import { EacMoeError, evaluate, MoeModel, pruneExperts, type Activations, type Evaluation } from '../index';
 import {
   alpha,
   megabytes,
   newCommand,
   number,
+  oneOf,
   percent,
   perform,
   positiveInteger,
@@ -24,6 +25,7 @@ interface Options extends CommonOptions {
   maxTokens?: number;
   prune?: number;
   causal?: boolean;
+  activations: Activations;
   threads?: number;
   device: 'auto' | 'cpu' | 'cuda';
 }
@@ -39,9 +41,12 @@ export function evalCommand(): Command {
     .option('--seq-len <n>', 'tokens a window (default: 512, at most what the model was made for)', seqLen)
     .option('--max-tokens <n>', "use only the text's first tokens", positiveInteger)
     .option('--prune <alpha>', 'prune experts with PESF, alpha in (0, 1]', alpha)
+    .option('--causal', "also the perplexity of each window's second half, pruned by the counts of the first")
     .option(
-      '--causal',
-      "also the perplexity of each window's second half, pruned by the counts of the first",
+      '--activations <kind>',
+      'how products with quantized weights treat their inputs: float32 (exact) or int8 (as generate does)',
+      oneOf('float32', 'int8'),
+      'float32',
     );
   return withDevice(command).action((path: string, options: Options) =>
     perform(options, (context) => run(path, options, context), print),
@@ -68,6 +73,7 @@ async function run(path: string, o: Options, { signal, progress }: Context): Pro
     causal: o.causal,
     seqLen: o.seqLen,
     maxTokens: o.maxTokens,
+    activations: o.activations,
     onProgress: ({ fraction, message }) => progress.update(fraction, message),
     signal,
   });

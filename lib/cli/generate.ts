@@ -1,10 +1,18 @@
 /** `eac-moe generate`: continues a prompt; text on stdout, figures on stderr. */
 import type { Command } from 'commander';
-import { MoeModel, pruneExperts, pruneReport, type GenerateResult, type PruneReport } from '../index';
+import {
+  MoeModel,
+  pruneExperts,
+  pruneReport,
+  type Activations,
+  type GenerateResult,
+  type PruneReport,
+} from '../index';
 import {
   alpha,
   newCommand,
   number,
+  oneOf,
   percent,
   perform,
   positiveInteger,
@@ -24,6 +32,7 @@ interface Options extends CommonOptions {
   seed: number;
   stop?: string[];
   chat?: boolean;
+  activations: Activations;
   threads?: number;
   device: 'auto' | 'cpu' | 'cuda';
 }
@@ -54,7 +63,13 @@ export function generateCommand(): Command {
     )
     .option('--seed <n>', 'for sampling', wholeNumber, 0)
     .option('--stop <text>', 'end before this text; may be repeated', collect)
-    .option('--chat', "put the prompt through the model's chat template");
+    .option('--chat', "put the prompt through the model's chat template")
+    .option(
+      '--activations <kind>',
+      'how products with quantized weights treat their inputs: int8 (fast) or float32 (exact)',
+      oneOf('int8', 'float32'),
+      'int8',
+    );
   return withDevice(command).action((path: string, options: Options) =>
     perform(
       options,
@@ -65,8 +80,8 @@ export function generateCommand(): Command {
 }
 
 async function run(path: string, o: Options, { signal }: Context): Promise<Result> {
-  const { device, threads } = o;
-  using loaded = await MoeModel.load(path, { device, threads, signal });
+  const { device, threads, activations } = o;
+  using loaded = await MoeModel.load(path, { device, threads, activations, signal });
   using pruned = o.prune === undefined ? undefined : pruneExperts(loaded, { alpha: o.prune });
   const { maxNewTokens, temperature, topK, topP, seed, stop, chat } = o;
   const options = { maxNewTokens, temperature, topK, topP, seed, stop, chat, signal };

@@ -68,10 +68,14 @@ async function secondHalf(
   const counted = model.policy && new CountedPolicy(model.policy);
   const cache = decoder.createCache();
   const pass = (ids: Int32Array, policy: ExpertPolicy | undefined, targets: Int32Array) =>
-    decoder.run({ ids, sequences: [{ length: ids.length, cache }] }, { policy, control }, async (frame) => {
-      const h = frame.tensor(decoder.h).rows(ids.length - targets.length, ids.length);
-      return (await scoreRows({ model, h }, targets, undefined, control)).nll;
-    });
+    decoder.run(
+      { ids, sequences: [{ length: ids.length, cache }] },
+      { policy, activations: model.activations, control },
+      async (frame) => {
+        const h = frame.tensor(decoder.h).rows(ids.length - targets.length, ids.length);
+        return (await scoreRows({ model, h }, targets, undefined, control)).nll;
+      },
+    );
   try {
     const first = await pass(window.slice(0, half), counted?.recorder(), window.slice(half, half + 1));
     const targets = Int32Array.from({ length: window.length - half }, (_, i) => window[half + i + 1] ?? -1);

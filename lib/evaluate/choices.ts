@@ -109,7 +109,8 @@ async function scoreCached(model: MoeModel, row: EncodedRow, control: Control): 
   try {
     if (before.length > 0) {
       const sequences = [{ length: before.length, cache }];
-      await model.decoder.run({ ids: before, sequences }, { control }, () => undefined);
+      const { activations } = model;
+      await model.decoder.run({ ids: before, sequences }, { activations, control }, () => undefined);
     }
     const nll: number[] = [];
     for (const choice of row.choices) {
@@ -137,10 +138,10 @@ async function score(
   control: Control,
   cache?: Sequence['cache'],
 ): Promise<number> {
-  const { decoder, policy } = model;
+  const { decoder, policy, activations } = model;
   const ids = Int32Array.from([...context, ...choice.slice(0, -1)]);
   const batch = { ids, sequences: [{ length: ids.length, cache }] };
-  return decoder.run(batch, { policy, control }, async (frame) => {
+  return decoder.run(batch, { policy, activations, control }, async (frame) => {
     const h = frame.tensor(decoder.h).rows(context.length - 1, ids.length);
     const { nll } = await scoreRows({ model, h }, Int32Array.from(choice), undefined, control);
     return finiteSum(model, nll);

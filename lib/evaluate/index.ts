@@ -1,6 +1,7 @@
 /** How good a model is: perplexity, divergence from a reference, expert shift, multiple choice. */
+import type { Activations } from '../../types/native';
 import { EacMoeError } from '../errors';
-import type { MoeModel } from '../model/model';
+import { checkActivations, type MoeModel } from '../model/model';
 import { withSignal } from '../native';
 import { evaluateCausal, type CausalResult } from './causal';
 import { encodeRows, evaluateChoices, rowTokens, type ChoiceResult, type ChoiceRow } from './choices';
@@ -24,6 +25,11 @@ export interface EvaluateOptions {
   choices?: readonly ChoiceRow[];
   /** Also the perplexity of each window's second half, pruned by the counts of the first: see `Evaluation.causal`. */
   causal?: boolean;
+  /**
+   * How both models multiply with quantized weights: exactly (`float32`, default), so that figures speak of the weights only, or with inputs
+   * rounded to int8 as `forward` and `generate` do by default.
+   */
+  activations?: Activations;
   onProgress?: (progress: EvaluateProgress) => void;
   signal?: AbortSignal;
 }
@@ -67,6 +73,18 @@ export interface Evaluation {
  * @throws EacMoeError INVALID_ARGUMENT naming the option, NON_FINITE, ABORTED
  */
 export async function evaluate(model: MoeModel, options: EvaluateOptions): Promise<Evaluation> {
+  const activations = checkActivations(options.activations ?? 'float32');
+  const evaluated = model.withActivations(activations);
+  const reference = options.reference?.withActivations(activations);
+  try {
+    return await evaluateWith(evaluated, { ...options, reference });
+  } finally {
+    evaluated.dispose();
+    reference?.dispose();
+  }
+}
+
+async function evaluateWith(model: MoeModel, options: EvaluateOptions): Promise<Evaluation> {
   const { perplexity: text, reference, choices, causal = false, onProgress, signal } = options;
   if (text === undefined && choices === undefined) {
     throw new EacMoeError(

@@ -102,7 +102,7 @@ async function scoreBatch(
   control: Control,
 ): Promise<RowScores> {
   const targets = nextTokens(batch.ids, batch.sequences[0]!.length);
-  const options: RunOptions = { control };
+  const options: RunOptions = { control, activations: model.activations };
   if (pruning) {
     options.policy = pruning.watch(model.policy!);
     options.onLayer = (_, { registers: { moe } }, frame) => {
@@ -118,6 +118,7 @@ async function scoreBatch(
   const recorded: RunOptions = {
     control,
     policy: reference.policy,
+    activations: reference.activations,
     onRoute: (layer, { registers }, frame) =>
       chosen.set(layer, frame.read(registers.moe!.indices) as Int32Array),
   };

@@ -3,6 +3,7 @@
  * sequences. Decoding a token crosses into native code once.
  */
 import type {
+  Activations,
   Control,
   Frame,
   KvCache,
@@ -27,6 +28,8 @@ export interface Batch {
 export interface RunOptions {
   policy?: ExpertPolicy;
   control?: Control;
+  /** Default 'float32'. */
+  activations?: Activations;
   /** Called after a MoE layer's router has chosen, before the policy prunes; may read the frame. */
   onRoute?: (layer: number, stages: LayerStages, frame: Frame) => void;
   /** Called after each layer, before the next one runs; may read the frame. */
@@ -85,7 +88,7 @@ export class Decoder {
 
   /** Embeds the batch and runs all layers; the caller reads the frame inside `use`. Caches hold the batch only if all went well. */
   async run<T>(batch: Batch, options: RunOptions, use: (frame: Frame) => Promise<T> | T): Promise<T> {
-    return this.#withFrame(batch, async (frame) => {
+    return this.#withFrame(batch, options.activations, async (frame) => {
       await this.#runLayers(frame, batch, options);
       const result = await use(frame);
       frame.commit();
@@ -95,7 +98,7 @@ export class Decoder {
 
   /** The hidden states before the first layer, [tokens, hidden]. */
   async embed(batch: Batch): Promise<Float32Array> {
-    return this.#withFrame(batch, async (frame) => {
+    return this.#withFrame(batch, undefined, async (frame) => {
       await frame.run(0, this.#embedding);
       return frame.read(this.h) as Float32Array;
     });
@@ -103,7 +106,7 @@ export class Decoder {
 
   /** One step of generation: the batch's last tokens' logits, sampled. Returns one id a sequence. */
   async step(batch: Batch, sampling: Sampling, options: RunOptions): Promise<Int32Array> {
-    return this.#withFrame(batch, async (frame) => {
+    return this.#withFrame(batch, options.activations, async (frame) => {
       frame.setSampling(sampling);
       const end = this.#program.length;
       if (options.policy && batch.sequences.some((s) => s.length > 1)) {
@@ -146,9 +149,14 @@ export class Decoder {
   }
 
   /** Frames keep their registers, so a next batch of no larger size allocates nothing. */
-  async #withFrame<T>(batch: Batch, use: (frame: Frame) => Promise<T>): Promise<T> {
+  async #withFrame<T>(
+    batch: Batch,
+    activations: Activations = 'float32',
+    use: (frame: Frame) => Promise<T>,
+  ): Promise<T> {
     const frame = this.#idle.pop() ?? native().createFrame(this.#program);
     try {
+      frame.setActivations(activations);
       frame.begin(batch.ids, batch.sequences);
       const result = await use(frame);
       this.#idle.push(frame);

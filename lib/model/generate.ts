@@ -1,5 +1,5 @@
 /** Text generation: prefill, then one token a step through the key-value cache. */
-import type { KvCache } from '../../types/native';
+import type { Activations, KvCache } from '../../types/native';
 import type { Architecture } from '../architecture/types';
 import { EacMoeError } from '../errors';
 import { withSignal } from '../native';
@@ -14,6 +14,7 @@ export interface TextModel {
   readonly tokenizer: Tokenizer;
   readonly decoder: Decoder;
   readonly policy: ExpertPolicy | undefined;
+  readonly activations: Activations;
   createCache(): KvCache;
 }
 
@@ -108,7 +109,11 @@ function stepper(model: TextModel, cache: KvCache, o: Checked): (ids: number[]) 
     withSignal(o.signal, async (control) => {
       const batch = { ids: Int32Array.from(ids), sequences: [{ length: ids.length, cache }] };
       const sampling = { temperature, topK, topP, uniform: Float64Array.of(random()) };
-      const [id] = await model.decoder.step(batch, sampling, { policy: model.policy, control });
+      const [id] = await model.decoder.step(batch, sampling, {
+        policy: model.policy,
+        activations: model.activations,
+        control,
+      });
       return id!;
     });
 }

@@ -128,6 +128,7 @@ function pushExperts(
   r: LayerRegisters & { moe: MoeRegisters },
 ): void {
   const { logits, weights, indices } = r.moe;
+  const { shared } = moe;
   b.push({ op: 'reselect', logits, weights, indices, router: routerSpec(moe.router) });
   b.push({
     op: 'experts',
@@ -139,16 +140,16 @@ function pushExperts(
     up: moe.experts.map((e) => w.matrix(e.up)),
     down: moe.experts.map((e) => w.matrix(e.down)),
     activation: moe.activation,
+    ...(shared && {
+      shared: {
+        gate: w.matrix(shared.gate),
+        up: w.matrix(shared.up),
+        down: w.matrix(shared.down),
+        ...(shared.outputGate && { outputGate: w.matrix(shared.outputGate) }),
+      },
+    }),
     add: true,
   });
-  if (!moe.shared) return;
-  const { outputGate } = moe.shared;
-  if (!outputGate) return pushGlu(b, w, moe.shared, moe.activation, r.x, r.h, true);
-  const y = b.register('shared.output', moe.shared.down.out);
-  const gate = b.register('shared.gate', 1);
-  pushGlu(b, w, moe.shared, moe.activation, r.x, y, false);
-  pushLinear(b, w, outputGate, r.x, gate);
-  b.push({ op: 'gatedAdd', x: y, out: r.h, gate });
 }
 
 /** Records layer `index` (its place in the key-value cache) and returns its stages. */

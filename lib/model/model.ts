@@ -1,5 +1,5 @@
 /** A Mixture-of-Experts language model: a checkpoint, its decoder, its tokenizer. */
-import type { Frame, KvCache, Sequence } from '../../types/native';
+import type { Activations, Frame, KvCache, Sequence } from '../../types/native';
 import { describe, type Architecture } from '../architecture';
 import { checkTensors } from '../architecture/tensors';
 import { quantizationOf } from '../checkpoint/quantized';
@@ -18,6 +18,11 @@ export interface LoadOptions {
   device?: 'auto' | 'cpu' | 'cuda';
   /** Threads of the process-wide pool; default: all CPUs, or EAC_MOE_THREADS. */
   threads?: number;
+  /**
+   * How `forward` and `generate` multiply with quantized weights: inputs rounded to int8 in blocks of up to 128 channels (`int8`, default),
+   * or exactly (`float32`), several times slower. Weights that are not quantized are always exact.
+   */
+  activations?: Activations;
   signal?: AbortSignal;
 }
 
@@ -67,12 +72,21 @@ export class MoeModel {
   readonly architecture: Architecture;
   /** Prunes experts during prefill; see `pruneExperts`. */
   readonly policy: ExpertPolicy | undefined;
+  /** See LoadOptions. `evaluate` has an option of its own. */
+  readonly activations: Activations;
   readonly #shared: Shared;
   #disposed = false;
 
-  private constructor(path: string, architecture: Architecture, shared: Shared, policy?: ExpertPolicy) {
+  private constructor(
+    path: string,
+    architecture: Architecture,
+    shared: Shared,
+    activations: Activations,
+    policy?: ExpertPolicy,
+  ) {
     this.path = path;
     this.architecture = architecture;
+    this.activations = activations;
     this.policy = policy;
     this.#shared = shared;
     shared.users++;
@@ -86,6 +100,7 @@ export class MoeModel {
    */
   static async load(path: string, options: LoadOptions = {}): Promise<MoeModel> {
     setDevice(options);
+    const activations = checkActivations(options.activations ?? 'int8');
     const checkpoint = Checkpoint.open(path);
     try {
       const architecture = describe(checkpoint.config);
@@ -93,7 +108,7 @@ export class MoeModel {
       const weights = new CheckpointWeights(checkpoint, quantizationOf(checkpoint.config));
       await weights.prepare(architecture.layers.flatMap(layerMatrices), options.signal);
       const decoder = new Decoder(architecture, weights);
-      return new MoeModel(path, architecture, { checkpoint, weights, decoder, users: 0 });
+      return new MoeModel(path, architecture, { checkpoint, weights, decoder, users: 0 }, activations);
     } catch (error) {
       checkpoint.dispose();
       throw error;
@@ -122,7 +137,13 @@ export class MoeModel {
 
   /** The same weights under another pruning policy (undefined: none). Each model is disposed on its own. */
   withPolicy(policy: ExpertPolicy | undefined): MoeModel {
-    return new MoeModel(this.path, this.architecture, this.#live(), policy);
+    return new MoeModel(this.path, this.architecture, this.#live(), this.activations, policy);
+  }
+
+  /** The same weights and policy under another treatment of activations; see `LoadOptions.activations`. */
+  withActivations(activations: Activations): MoeModel {
+    const checked = checkActivations(activations);
+    return new MoeModel(this.path, this.architecture, this.#live(), checked, this.policy);
   }
 
   /**
@@ -146,8 +167,9 @@ export class MoeModel {
     const observe = options.routing || options.hiddenStates ? onLayer : undefined;
     if (result.hiddenStates) result.hiddenStates.push(await this.#embed(batch.ids));
     const wanted = options.logits ?? 'all';
+    const { policy, activations } = this;
     return withSignal(options.signal, async (control) =>
-      decoder.run(batch, { policy: this.policy, control, onLayer: observe }, async (frame) => {
+      decoder.run(batch, { policy, activations, control, onLayer: observe }, async (frame) => {
         if (wanted === 'none') return result;
         const h = frame.tensor(decoder.h);
         const first = wanted === 'all' ? 0 : ids.length - 1;
@@ -210,6 +232,15 @@ export class MoeModel {
       indices: frame.read(indices) as Int32Array,
     };
   }
+}
+
+/** @throws EacMoeError INVALID_ARGUMENT */
+export function checkActivations(activations: Activations): Activations {
+  if (activations === 'int8' || activations === 'float32') return activations;
+  throw new EacMoeError(
+    'INVALID_ARGUMENT',
+    `activations must be 'int8' or 'float32'; found '${String(activations)}'`,
+  );
 }
 
 /** Applies `device` and `threads`. */

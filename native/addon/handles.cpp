@@ -56,6 +56,12 @@ Matrix matrix_from(const Napi::Value& v, const char* what) {
   if (v.IsObject() && v.As<Napi::Object>().InstanceOf(e->quant_matrix.Value())) return *QuantMatrixHandle::from(v, what);
   return *float_matrix_from(v, what);
 }
+Activations activations_from(const Napi::Value& v) {
+  const std::string name = v.ToString();
+  if (name == "int8") return Activations::int8;
+  if (name != "float32") throw_invalid("activations must be 'int8' or 'float32', found '" + name + "'");
+  return Activations::f32;
+}
 std::shared_ptr<Tensor> float_matrix_from(const Napi::Value& v, const char* what, std::optional<DType> dtype) {
   auto t = TensorHandle::from(v, what);
   const bool ok = dtype ? t->dtype == *dtype : (t->dtype == DType::f32 || t->dtype == DType::f16 || t->dtype == DType::bf16);
@@ -201,8 +207,12 @@ Napi::Value QuantMatrixHandle::byte_length(const Napi::CallbackInfo& info) {
 Napi::Value QuantMatrixHandle::codes(const Napi::CallbackInfo& info) {
   GUARDED(return start_tensor(info.Env(), [q = get()] { return unpack_codes(*q); }));
 }
-Napi::Value QuantMatrixHandle::scales(const Napi::CallbackInfo& info) { GUARDED(return wrap_tensor(info.Env(), get()->scales)); }
-Napi::Value QuantMatrixHandle::zeros(const Napi::CallbackInfo& info) { GUARDED(return wrap_tensor(info.Env(), get()->zeros)); }
+Napi::Value QuantMatrixHandle::scales(const Napi::CallbackInfo& info) {
+  GUARDED(return wrap_tensor(info.Env(), unpack_scales(*get())));
+}
+Napi::Value QuantMatrixHandle::zeros(const Napi::CallbackInfo& info) {
+  GUARDED(return wrap_tensor(info.Env(), unpack_zeros(*get())));
+}
 Napi::Value QuantMatrixHandle::dequantize(const Napi::CallbackInfo& info) {
   GUARDED(return start_tensor(info.Env(), [q = get()] { return eac::dequantize(*q); }));
 }

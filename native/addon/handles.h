@@ -145,6 +145,7 @@ struct FrameHandle : Handle<FrameHandle, Frame> {
   std::shared_ptr<Frame> idle() const;
   Napi::Value begin(const Napi::CallbackInfo&);
   Napi::Value bind(const Napi::CallbackInfo&);
+  Napi::Value set_activations(const Napi::CallbackInfo&);
   Napi::Value set_expert_mask(const Napi::CallbackInfo&);
   Napi::Value set_sampling(const Napi::CallbackInfo&);
   Napi::Value run(const Napi::CallbackInfo&);
@@ -158,6 +159,7 @@ DType dtype_from(const Napi::Value& v);
 const char* dtype_name(DType t);
 std::vector<int64_t> shape_from(const Napi::Value& v);
 Matrix matrix_from(const Napi::Value& v, const char* what);
+Activations activations_from(const Napi::Value& v);
 std::shared_ptr<Tensor> float_matrix_from(const Napi::Value& v, const char* what, std::optional<DType> dtype = std::nullopt);
 std::vector<int32_t> i32_from(const Napi::Value& v, const char* what);
 Napi::Value to_js_array(Napi::Env env, const Tensor& t);

@@ -320,13 +320,14 @@ Napi::Value js_linear(Info info) {
   auto w = std::make_shared<Matrix>(matrix_from(info[1], "w"));
   std::shared_ptr<Tensor> bias;
   if (!info[2].IsUndefined() && !info[2].IsNull()) bias = float_matrix_from(info[2], "bias");
+  const Activations activations = activations_from(info[3]);
   same_width(x->cols(), in_features(*w), "width of x");
   if (bias) same_width(bias->size(), out_features(*w), "size of bias");
   return Job<Tensor>::start(
-      info.Env(), info[3],
-      [x, w, bias] {
+      info.Env(), info[4],
+      [x, w, bias, activations] {
         Tensor y = Tensor::zeros(DType::f32, {x->rows(), out_features(*w)});
-        linear(x->f32(), x->cols(), x->rows(), *w, bias.get(), 0, y.f32(), y.cols());
+        linear(x->f32(), x->cols(), x->rows(), *w, bias.get(), 0, y.f32(), y.cols(), activations);
         return y;
       },
       tensor_value);

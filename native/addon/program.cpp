@@ -54,6 +54,13 @@ struct Reader {
   }
 };
 
+SharedExpert shared_expert_from(const Napi::Object& o) {
+  SharedExpert s{matrix_from(o.Get("gate"), "shared.gate"), matrix_from(o.Get("up"), "shared.up"),
+                 matrix_from(o.Get("down"), "shared.down"), std::nullopt};
+  if (Reader{o}.has("outputGate")) s.output_gate = matrix_from(o.Get("outputGate"), "shared.outputGate");
+  return s;
+}
+
 op::Op op_from(const Napi::Object& object, const std::vector<RegisterSpec>& registers) {
   const Reader r{object};
   const std::string name = r.text("op");
@@ -95,16 +102,12 @@ op::Op op_from(const Napi::Object& object, const std::vector<RegisterSpec>& regi
   if (name == "route")
     return op::Route{r.reg("logits"), r.reg("weights"), r.reg("indices"), r.reg("counts"), r.router(experts())};
   if (name == "reselect") return op::Reselect{r.reg("logits"), r.reg("weights"), r.reg("indices"), r.router(experts())};
-  if (name == "experts")
-    return op::Experts{r.reg("x"),
-                       r.reg("weights"),
-                       r.reg("indices"),
-                       r.reg("out"),
-                       {r.matrices("gate"), r.matrices("up"), r.matrices("down"), r.activation()},
-                       bool_from(object, "add")};
+  if (name == "experts") {
+    Experts e{r.matrices("gate"), r.matrices("up"), r.matrices("down"), r.activation(), std::nullopt};
+    if (r.has("shared")) e.shared = shared_expert_from(object.Get("shared").As<Napi::Object>());
+    return op::Experts{r.reg("x"), r.reg("weights"), r.reg("indices"), r.reg("out"), std::move(e), bool_from(object, "add")};
+  }
   if (name == "glu") return op::Glu{r.reg("gate"), r.reg("up"), r.activation()};
-  if (name == "gatedAdd")
-    return op::GatedAdd{r.reg("x"), r.reg("out"), r.has("gate") ? std::optional(r.reg("gate")) : std::nullopt};
   if (name == "copy") return op::Copy{r.reg("x"), r.reg("out")};
   if (name == "lastRows") return op::LastRows{r.reg("x"), r.reg("out")};
   if (name == "sample") return op::Sample{r.reg("logits"), r.reg("out")};
@@ -161,6 +164,7 @@ void FrameHandle::define(Napi::Env env, Napi::Object exports) {
       DefineClass(env, class_name,
                   {InstanceMethod<&FrameHandle::begin>("begin"), InstanceMethod<&FrameHandle::bind>("bind"),
                    InstanceMethod<&FrameHandle::set_expert_mask>("setExpertMask"),
+                   InstanceMethod<&FrameHandle::set_activations>("setActivations"),
                    InstanceMethod<&FrameHandle::set_sampling>("setSampling"), InstanceMethod<&FrameHandle::run>("run"),
                    InstanceMethod<&FrameHandle::commit>("commit"), InstanceMethod<&FrameHandle::read>("read"),
                    InstanceMethod<&FrameHandle::tensor>("tensor"), InstanceMethod("dispose", &FrameHandle::dispose)});
@@ -188,6 +192,12 @@ Napi::Value FrameHandle::bind(const Napi::CallbackInfo& info) {
     std::optional<Tensor> memory;
     if (!info[1].IsNull() && !info[1].IsUndefined()) memory = *TensorHandle::from(info[1], "tensor");
     idle()->bind(op::Register(info[0].ToNumber().Int32Value()), std::move(memory));
+    return info.Env().Undefined();
+  });
+}
+Napi::Value FrameHandle::set_activations(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    idle()->activations = activations_from(info[0]);
     return info.Env().Undefined();
   });
 }

@@ -60,10 +60,6 @@ struct Glu {
   Register gate, up;
   Activation activation;
 };
-struct GatedAdd {
-  Register x, out;
-  std::optional<Register> gate;
-};
 struct Copy {
   Register x, out;
 };
@@ -74,7 +70,7 @@ struct Sample {
   Register logits, out;
 };
 
-using Op = std::variant<Embed, RmsNorm, LayerNorm, Linear, Rope, Attention, Route, Reselect, Experts, Glu, GatedAdd, Copy,
-                        LastRows, Sample>;
+using Op =
+    std::variant<Embed, RmsNorm, LayerNorm, Linear, Rope, Attention, Route, Reselect, Experts, Glu, Copy, LastRows, Sample>;
 
 }  // namespace eac::op

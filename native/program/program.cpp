@@ -83,12 +83,14 @@ struct Checker {
       matrix(e.up[i], width(o.x), hidden);
       matrix(e.down[i], hidden, width(o.out));
     }
+    if (!e.shared) return;
+    const int64_t shared = out_features(e.shared->gate);
+    matrix(e.shared->gate, width(o.x), shared);
+    matrix(e.shared->up, width(o.x), shared);
+    matrix(e.shared->down, shared, width(o.out));
+    if (e.shared->output_gate) matrix(*e.shared->output_gate, width(o.x), 1);
   }
   void operator()(const op::Glu& o) const { equal(width(o.gate), width(o.up), "gate and up"); }
-  void operator()(const op::GatedAdd& o) const {
-    equal(width(o.x), width(o.out), "sum");
-    if (o.gate) equal(width(*o.gate), 1, "gate");
-  }
   void operator()(const op::Copy& o) const { equal(width(o.x), width(o.out), "copy"); }
   void operator()(const op::LastRows& o) const {
     equal(width(o.x), width(o.out), "last rows");
@@ -134,7 +136,8 @@ struct Executor {
     layer_norm(data(o.x), rows(o.x), width(o.x), o.weight, o.bias, o.eps, data(o.out));
   }
   void operator()(const op::Linear& o) const {
-    linear(data(o.x), width(o.x), rows(o.x), o.weight, o.bias ? &*o.bias : nullptr, o.add ? 1.f : 0.f, data(o.out), width(o.out));
+    linear(data(o.x), width(o.x), rows(o.x), o.weight, o.bias ? &*o.bias : nullptr, o.add ? 1.f : 0.f, data(o.out), width(o.out),
+           f.activations);
   }
   void operator()(const op::Rope& o) const { rope(data(o.x), width(o.x), f.sequences_, o.rope); }
   void operator()(const op::Attention& o) const {
@@ -158,16 +161,13 @@ struct Executor {
   }
   void operator()(const op::Experts& o) const {
     run_experts(data(o.x), rows(o.x), width(o.x), data(o.weights), ints(o.indices), width(o.weights), o.experts,
-                o.add ? 1.f : 0.f, data(o.out), f.scratch_);
+                o.add ? 1.f : 0.f, data(o.out), f.scratch_, f.activations);
   }
   void operator()(const op::Glu& o) const {
     float *gate = data(o.gate), *up = data(o.up);
     const int64_t n = rows(o.gate) * width(o.gate), block = 4096;
     parallel_for((n + block - 1) / block,
                  [&](int64_t i) { glu(o.activation, gate + i * block, up + i * block, std::min(block, n - i * block)); });
-  }
-  void operator()(const op::GatedAdd& o) const {
-    gated_add(data(o.x), o.gate ? data(*o.gate) : nullptr, rows(o.x), width(o.x), data(o.out));
   }
   void operator()(const op::Copy& o) const {
     std::memcpy(data(o.out), data(o.x), size_t(rows(o.x) * width(o.x)) * sizeof(float));

@@ -44,6 +44,7 @@ class Frame {
   const std::vector<Sequence>& sequences() const { return sequences_; }
   ExpertMask mask;
   Sampling sampling;
+  Activations activations = Activations::f32;
   std::atomic<bool> busy{false};
 
  private:

@@ -9,7 +9,8 @@
 
 #include "core/thread_pool.h"
 #include "kernels/cpu/isa.h"
-#include "kernels/matmul/gemm.h"
+#include "kernels/matmul/int8.h"
+#include "kernels/quant/quantize.h"
 
 using namespace eac;
 
@@ -56,34 +57,16 @@ Tensor random_tensor(DType dtype, int64_t rows, int64_t cols) {
   return t;
 }
 
-// Padding codes are 0, as the layout says.
 QuantMatrix random_quant(int bits, int64_t rows, int64_t cols, int64_t group_size) {
-  QuantMatrix q{.bits = bits,
-                .rows = rows,
-                .cols = cols,
-                .group_size = group_size,
-                .symmetric = false,
-                .codes = {},
-                .scales = {},
-                .zeros = {}};
-  q.codes = Tensor::zeros(DType::u8, {rows, q.row_bytes()});
-  q.scales = Tensor::zeros(DType::f16, {rows, q.groups()});
-  q.zeros = Tensor::zeros(DType::u8, {rows, q.groups()});
-  for (int64_t i = 0; i < q.scales.size(); i++) {
-    q.scales.as<uint16_t>()[i] = f32_to_f16(0.3f * random_source.uniform());
-    q.zeros.as<uint8_t>()[i] = uint8_t(random_source.below(1 << bits));
+  const int64_t groups = (cols + group_size - 1) / group_size;
+  Tensor codes = Tensor::zeros(DType::u8, {rows, cols}), scales = Tensor::zeros(DType::f16, {rows, groups}),
+         zeros = Tensor::zeros(DType::u8, {rows, groups});
+  for (int64_t i = 0; i < codes.size(); i++) codes.as<uint8_t>()[i] = uint8_t(random_source.below(1 << bits));
+  for (int64_t i = 0; i < scales.size(); i++) {
+    scales.as<uint16_t>()[i] = f32_to_f16(0.3f * random_source.uniform());
+    zeros.as<uint8_t>()[i] = uint8_t(random_source.below(1 << bits));
   }
-  for (int64_t r = 0; r < rows; r++)
-    for (int64_t c = 0; c < cols; c++) {
-      const int i = int(c % 32), code = int(random_source.below(1 << bits));
-      uint8_t* block = q.codes.as<uint8_t>() + r * q.row_bytes() + c / 32 * quant_block_bytes(bits);
-      if (bits == 4)
-        block[i % 16] |= uint8_t(code << (i / 16 * 4));
-      else
-        block[i % 8] |= uint8_t((code & 3) << (i / 8 * 2));
-      if (bits == 3) block[8 + i / 8] |= uint8_t((code >> 2) << (i % 8));
-    }
-  return q;
+  return pack_codes(codes, scales, zeros, bits, group_size, false);
 }
 
 std::vector<double> values(const Tensor& t) {
@@ -225,7 +208,9 @@ void linear_case(const Matrix& w, int64_t n, const Tensor* bias, float beta) {
       "linear " + std::to_string(n) + "x" + std::to_string(out) + "x" + std::to_string(in) + " " + describe(w);
   expect_close(name, values(want), values(y), 1e-6 * double(in + 4));
   // The same bits from pieces of rows and single tokens: neither tiling nor the decoding path shows.
-  for (int64_t r = 0; r < out; r += 5) linear_serial(x.f32(), ldx, n, w, bias, r, std::min(out, r + 5), beta, pieces.f32(), ldy);
+  const int64_t step = std::holds_alternative<Tensor>(w) ? 5 : quant_panel;
+  for (int64_t r = 0; r < out; r += step)
+    linear_serial(x.f32(), ldx, n, w, bias, r, std::min(out, r + step), beta, pieces.f32(), ldy);
   check(std::memcmp(y.data, pieces.data, y.bytes()) == 0, name, "pieces differ from the whole");
   if (beta == 0) {
     for (int64_t t = 0; t < n; t++) linear(x.f32() + t * ldx, ldx, 1, w, bias, 0, pieces.f32() + t * ldy, ldy);
@@ -254,6 +239,65 @@ void test_linear() {
 void test_quant_group_shorter_than_block() {
   linear_case(random_quant(4, 6, 20, 20), 3, nullptr, 0);  // one group, no multiple of 32
   linear_case(random_quant(2, 6, 70, 70), 1, nullptr, 0);
+}
+
+// Exact integers and one fused multiply-add a block: with such an instruction, bit for bit what the definition says.
+void int8_case(const QuantMatrix& w, int64_t n, const Tensor* bias, float beta) {
+  const int64_t ldx = w.cols + 3, ldy = w.rows + 2;
+  const Tensor x = random_tensor(DType::f32, n, ldx);
+  for (int64_t c = 0; c < std::min<int64_t>(w.cols, 32); c++) x.f32()[c] = 0;  // a block without energy
+  const Tensor y = random_tensor(DType::f32, n, ldy), want = Tensor::zeros(DType::f32, {n, ldy}),
+               single = Tensor::zeros(DType::f32, {n, ldy});
+  std::memcpy(want.data, y.data, y.bytes());
+  std::memcpy(single.data, y.data, y.bytes());
+  linear_int8_reference(x.f32(), ldx, n, w, bias, beta, want.f32(), ldy);
+  linear_int8(x.f32(), ldx, n, w, bias, beta, y.f32(), ldy);
+  const std::string name =
+      "int8 " + std::to_string(n) + "x" + std::to_string(w.rows) + "x" + std::to_string(w.cols) + " " + describe(w);
+  const bool fused = std::strcmp(isa().name, "baseline") != 0;
+  expect_close(name, values(want), values(y), fused ? 0 : 0.1);  // without one, a tie may round the other way: one step of q
+  for (int64_t t = 0; t < n; t++) linear_int8(x.f32() + t * ldx, ldx, 1, w, bias, beta, single.f32() + t * ldy, ldy);
+  check(std::memcmp(y.data, single.data, y.bytes()) == 0, name, "single tokens differ from all together");
+}
+
+void test_int8() {
+  const int64_t shapes[][2] = {{16, 128}, {1, 32}, {50, 320}, {64, 96}, {130, 1100}, {33, 20}, {80, 257}};
+  for (const auto& s : shapes)
+    for (int bits : {2, 3, 4})
+      for (int64_t group : {32, 64, 96, 128, 256, 5000}) {
+        const QuantMatrix w = random_quant(bits, s[0], s[1], group);
+        const Tensor bias = random_tensor(DType::bf16, 1, s[0]);
+        for (int64_t n : {1, 2, 3, 4, 5, 6, 7, 9, 13, 70}) int8_case(w, n, n % 2 ? &bias : nullptr, float(n % 3 == 0));
+      }
+}
+
+// The largest codes against the largest activations, so that every accumulator meets its bound.
+void test_int8_extremes() {
+  for (int bits : {2, 3, 4}) {
+    const int64_t rows = 32, cols = 512;
+    Tensor codes = Tensor::zeros(DType::u8, {rows, cols}), scales = Tensor::zeros(DType::f16, {rows, 4}),
+           zeros = Tensor::zeros(DType::u8, {rows, 4});
+    std::memset(codes.data, (1 << bits) - 1, codes.bytes());
+    for (int64_t i = 0; i < scales.size(); i++) scales.as<uint16_t>()[i] = f32_to_f16(0.5f);
+    const QuantMatrix w = pack_codes(codes, scales, zeros, bits, 128, false);
+    const Tensor x = Tensor::zeros(DType::f32, {9, cols}), y = Tensor::zeros(DType::f32, {9, rows});
+    for (int64_t i = 0; i < x.size(); i++) x.f32()[i] = i / cols % 2 ? -127.0f : 127.0f;
+    linear_int8(x.f32(), cols, 9, w, nullptr, 0, y.f32(), rows);
+    for (int64_t i = 0; i < y.size(); i++)
+      check(y.f32()[i] == (i / rows % 2 ? -1 : 1) * 127.0f * 512.0f * 0.5f * float((1 << bits) - 1), "int8 extremes",
+            std::to_string(bits) + " bit: " + std::to_string(y.f32()[i]));
+  }
+}
+
+void test_int8_not_finite() {
+  const QuantMatrix w = random_quant(4, 32, 256, 128);
+  for (const float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+    const Tensor x = random_tensor(DType::f32, 3, 256), y = Tensor::zeros(DType::f32, {3, 32});
+    x.f32()[256 + 200] = bad;
+    linear_int8(x.f32(), 256, 3, w, nullptr, 0, y.f32(), 32);
+    for (int64_t i = 0; i < 96; i++)
+      check(std::isnan(y.f32()[i]) == (i / 32 == 1), "int8", "a token that is not finite must show, and no other");
+  }
 }
 
 void test_conversions() {
@@ -356,6 +400,9 @@ int main() {
                         {"syrk", test_syrk},
                         {"linear", test_linear},
                         {"quant_short_group", test_quant_group_shorter_than_block},
+                        {"int8", test_int8},
+                        {"int8_extremes", test_int8_extremes},
+                        {"int8_not_finite", test_int8_not_finite},
                         {"exp", test_exp},
                         {"helpers", test_helpers}};
   const Isa* levels[3];

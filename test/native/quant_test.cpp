@@ -75,25 +75,28 @@ QuantMatrix random_codes(int64_t rows, int64_t cols, int bits, int64_t group, un
 
 // ---------------------------------------------------------------------------------------------------------------- layouts
 
-void block_layout() {
+// The layout of quant_matrix.h, said again: 16 rows, 8 steps of 4 channels, 64 codes a step.
+void panel_layout() {
   for (int bits = 2; bits <= 4; bits++)
-    for (int64_t cols : {1, 31, 32, 33, 100, 128, 160}) {
-      const QuantMatrix q = random_codes(3, cols, bits, 64, unsigned(cols));
-      const Tensor codes = unpack_codes(q);
-      for (int64_t r = 0; r < q.rows; r++)
-        for (int64_t c = 0; c < q.blocks() * 32; c++) {
-          const uint8_t* block = q.codes.as<uint8_t>() + r * q.row_bytes() + c / 32 * quant_block_bytes(bits);
-          const int i = int(c % 32);
-          int code;
-          if (bits == 4) {
-            code = i < 16 ? block[i] & 15 : block[i - 16] >> 4;
-          } else {
-            code = block[i % 8] >> (i / 8 * 2) & 3;
-            if (bits == 3) code |= (block[8 + i / 8] >> (i % 8) & 1) << 2;
+    for (int64_t rows : {3, 16, 37})
+      for (int64_t cols : {1, 31, 32, 33, 100, 128, 160}) {
+        const QuantMatrix q = random_codes(rows, cols, bits, 64, unsigned(cols));
+        const Tensor codes = unpack_codes(q);
+        for (int64_t r = 0; r < q.panels() * 16; r++)
+          for (int64_t c = 0; c < q.blocks() * 32; c++) {
+            const uint8_t* unit = q.codes.as<uint8_t>() + (r / 16 * q.blocks() + c / 32) * 64 * bits;
+            const int step = int(c % 32 / 4), byte = int(r % 16 * 4 + c % 4);
+            int code;
+            if (bits == 4) {
+              code = unit[step / 2 * 64 + byte] >> (step % 2 ? 4 : 0) & 15;
+            } else {
+              code = unit[step / 4 * 64 + byte] >> (step % 4 * 2) & 3;
+              if (bits == 3) code |= (unit[128 + byte] >> step & 1) << 2;
+            }
+            check(code == (r < rows && c < cols ? codes.as<uint8_t>()[r * cols + c] : 0),
+                  "panel layout, bits " + std::to_string(bits));
           }
-          check(code == (c < cols ? codes.as<uint8_t>()[r * cols + c] : 0), "block layout, bits " + std::to_string(bits));
-        }
-    }
+      }
 }
 
 // GPTQModel's recipe for 3 bit, by hand: 32 values in three words, values 10 and 21 straddling.
@@ -128,7 +131,7 @@ void gptq_layout() {
           }
         for (int64_t g = 0; g < q.groups(); g++) {
           uint32_t v[32] = {}, words[4] = {};
-          for (int64_t i = 0; i < std::min<int64_t>(rows, 32); i++) v[i] = q.zeros.as<uint8_t>()[i * q.groups() + g];
+          for (int64_t i = 0; i < std::min<int64_t>(rows, 32); i++) v[i] = q.zero(i, g);
           if (bits == 3) pack_three_bit(v, words);
           for (int i = 0; bits != 3 && i < 32; i++) words[i * bits / 32] |= v[i] << (i * bits % 32);
           for (int w = 0; w < bits; w++) check(uint32_t(t.qzeros.i32()[g * t.qzeros.cols() + w]) == words[w], "qzeros words");
@@ -184,10 +187,9 @@ void rtn_extremes() {
       const Tensor d = dequantize(q);
       const int top = (1 << bits) - 1;
       for (int64_t r = 0; r < 6; r++) {
-        const float scale = f16_to_f32(q.scales.as<uint16_t>()[r]);
+        const float scale = f16_to_f32(q.scale(r, 0));
         check(scale > 0 && std::isfinite(scale), "scale in range");
-        check(q.zeros.as<uint8_t>()[r] <= top && (!symmetric || q.zeros.as<uint8_t>()[r] == 1 << (bits - 1)),
-              "zero point in range");
+        check(q.zero(r, 0) <= top && (!symmetric || q.zero(r, 0) == 1 << (bits - 1)), "zero point in range");
         for (int c = 0; c < 64; c++) {
           const float v = w.f32()[r * 64 + c], got = d.f32()[r * 64 + c];
           check(std::isfinite(got), "finite");
@@ -381,7 +383,7 @@ void threads_change_nothing() {
 }  // namespace
 
 int main() {
-  run("codes lie in blocks as documented", block_layout);
+  run("codes lie in panels as documented", panel_layout);
   run("the GPTQ v2 layout is GPTQModel's and comes back bit for bit", gptq_layout);
   run("bad arguments are refused", bad_arguments);
   run("round to nearest equals its oracle", rtn_matches_oracle);

@@ -12,6 +12,10 @@
 #define EAC_NV 2
 #define EAC_MR 6
 #define EAC_TOKEN_TILE 3
+#define EAC_INT8_PANELS 1
+#define EAC_INT8_TOKENS 6
+#define EAC_INT8_PANELS_ONE 2
+#define EAC_INT8_PREFETCH 1024
 
 namespace eac {
 namespace {

@@ -8,64 +8,21 @@ EAC_INLINE float f16_scalar(uint16_t h) { return _cvtsh_ss(h); }
 
 EAC_INLINE F4 fold_to_4(F v) { return (F4)_mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1)); }
 
-// 4 bit. A byte shuffle puts code bytes where both nibbles lie inside a float's mantissa; with the exponent of 1 they read
-// 1 + c / 128 (low nibble, bits 16-19) and 1 + c / 2048 (high nibble, bits 12-15). One exact multiply-add removes the 1, the zero
-// point and the factor: (128 + c) s - (128 + z) s.
-// 2 and 3 bit. A permutation looks the value up in a table of eight; it reads only the low three bits of a lane.
-template <int bits> struct Lut {
-  F table;
-  EAC_INLINE void set(float s, int z) {
-    const int top = bits == 2 ? 3 : 7;  // 2 bit: bit 2 of the index belongs to the next code, so the table repeats
-    const I index = I{0, 1, 2, 3, 4, 5, 6, 7} & top;
-    table = __builtin_convertvector(index - z, F) * s;
-  }
-  EAC_INLINE F operator()(U index) const { return (F)_mm256_permutevar8x32_ps((__m256)table, (__m256i)index); }
-};
-template <> struct Lut<4> {
-  F low_scale, low_offset, high_scale, high_offset;
-  EAC_INLINE void set(float s, int z) {
-    low_scale = splat(s * 128.0f);
-    low_offset = splat(-s * float(128 + z));
-    high_scale = splat(s * 2048.0f);
-    high_offset = splat(-s * float(2048 + z));
-  }
-};
-
-EAC_INLINE U byte_lanes(const uint8_t* p) { return (U)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
-
-EAC_INLINE void decode(const uint8_t* block, const Lut<4>& lut, F* w) {
-  const __m256i b = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)block));
-  const __m256i pick = _mm256_setr_epi8(-1, 0, 0, -1, -1, 1, 1, -1, -1, 2, 2, -1, -1, 3, 3, -1, -1, 4, 4, -1, -1, 5, 5, -1, -1, 6,
-                                        6, -1, -1, 7, 7, -1);
-  const __m256i pick_8 = _mm256_setr_epi8(-1, 8, 8, -1, -1, 9, 9, -1, -1, 10, 10, -1, -1, 11, 11, -1, -1, 12, 12, -1, -1, 13, 13,
-                                          -1, -1, 14, 14, -1, -1, 15, 15, -1);
-  const U first = (U)_mm256_shuffle_epi8(b, pick), second = (U)_mm256_shuffle_epi8(b, pick_8);
-  const U one = (U)splat(1.0f);
-  w[0] = (F)((first & 0xf0000u) | one) * lut.low_scale + lut.low_offset;
-  w[1] = (F)((second & 0xf0000u) | one) * lut.low_scale + lut.low_offset;
-  w[2] = (F)((first & 0xf000u) | one) * lut.high_scale + lut.high_offset;
-  w[3] = (F)((second & 0xf000u) | one) * lut.high_scale + lut.high_offset;
+// L bytes, one a lane.
+EAC_INLINE I byte_lanes(const uint8_t* p) { return (I)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+EAC_INLINE void store_int8(int8_t* p, I v) {
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+  _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(words, words));
 }
+// The upper halves of v are 0, so what lies above bit 15 of s adds nothing.
+EAC_INLINE I times_int16(I v, int32_t s) { return (I)_mm256_madd_epi16((__m256i)v, _mm256_set1_epi32(s)); }
 
-EAC_INLINE void decode(const uint8_t* block, const Lut<2>& lut, F* w) {
-  const U b = byte_lanes(block);
-  w[0] = lut(b);
-  w[1] = lut(b >> 2);
-  w[2] = lut(b >> 4);
-  w[3] = lut(b >> 6);
+// Sums of two products in 16 bits, widened to sums of four in 32.
+typedef __m256i Narrow;
+template <int bits> constexpr int64_t narrow_units = bits == 4 ? 1 : bits == 3 ? 2 : 4;
+EAC_INLINE Narrow multiply_add(Narrow sum, U w, int32_t x) {
+  sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32(x)));
+  __asm__("" : "+x"(sum));  // GCC would collect the products of all steps and add them as a tree, and run out of registers
+  return sum;
 }
-
-// The low bits spread to one code a byte, bit 2 of each from the last word: lane l finds its four at the bits l, l + 8, ...
-EAC_INLINE void decode(const uint8_t* block, const Lut<3>& lut, F* w) {
-  const U b = byte_lanes(block);
-  int32_t word;
-  __builtin_memcpy(&word, block + 8, 4);
-  const U high = (U)_mm256_set1_epi32(word) >> U{0, 1, 2, 3, 4, 5, 6, 7};
-  const U pair = b | (b << 6);
-  const U low = pair | (pair << 12);
-  const U index = (low & 0x03030303u) | ((high & 0x01010101u) << 2);
-  w[0] = lut(index);
-  w[1] = lut(index >> 8);
-  w[2] = lut(index >> 16);
-  w[3] = lut(index >> 24);
-}
+EAC_INLINE I widen(I sum, Narrow n) { return sum + (I)_mm256_madd_epi16(n, _mm256_set1_epi16(1)); }

@@ -1,5 +1,5 @@
-// AVX-512 F, BW, DQ and VL (Skylake-X, Zen 4 and later).
-// Compiled with -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512.
+// AVX-512 F, BW, DQ, VL and VNNI (Cascade Lake, Zen 4 and later).
+// Compiled with -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx2 -mfma -mf16c -mprefer-vector-width=512.
 #if defined(__x86_64__)
 #if !defined(__clang__)  // GCC 12 warns inside its own header (bug 105593)
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -17,6 +17,10 @@
 #define EAC_NV 2
 #define EAC_MR 14
 #define EAC_TOKEN_TILE 6
+#define EAC_INT8_PANELS 4
+#define EAC_INT8_TOKENS 6
+#define EAC_INT8_PANELS_ONE 4
+#define EAC_INT8_PREFETCH 1024
 
 namespace eac {
 namespace {

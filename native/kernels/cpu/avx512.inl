@@ -1,4 +1,4 @@
-// The primitives of simd.inl for sixteen lanes: AVX-512 F, BW, DQ, VL.
+// The primitives of simd.inl for sixteen lanes: AVX-512 F, BW, DQ, VL, VNNI.
 
 EAC_INLINE F bf16_lanes(const uint16_t* p) {
   return (F)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
@@ -11,45 +11,15 @@ EAC_INLINE F4 fold_to_4(F v) {
   return (F4)_mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
 }
 
-// A permutation looks values up in a table of sixteen. It reads only the low four bits of a lane: what a shift left above them
-// does no harm, and for 2 and 3 bit the table repeats.
-template <int bits> struct Lut {
-  F table;
-  EAC_INLINE void set(float s, int z) {
-    const I index = I{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} & ((1 << bits) - 1);
-    table = __builtin_convertvector(index - z, F) * s;
-  }
-  EAC_INLINE F operator()(U index) const { return (F)_mm512_permutexvar_ps((__m512i)index, (__m512)table); }
-};
+// L bytes, one a lane.
+EAC_INLINE I byte_lanes(const uint8_t* p) { return (I)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+EAC_INLINE void store_int8(int8_t* p, I v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v)); }
+EAC_INLINE I times_int16(I v, int32_t s) { return (I)_mm512_madd_epi16((__m512i)v, _mm512_set1_epi32(s)); }
 
-// Eight bytes in the lanes 0-7 and again in 8-15.
-EAC_INLINE U byte_lanes_twice(const uint8_t* p) {
-  int64_t eight;
-  __builtin_memcpy(&eight, p, 8);
-  return (U)_mm512_cvtepu8_epi32(_mm_set1_epi64x(eight));
+// VNNI: four products and their sum go into 32 bits at once.
+typedef I Narrow;
+template <int bits> constexpr int64_t narrow_units = 4;
+EAC_INLINE Narrow multiply_add(Narrow sum, U w, int32_t x) {
+  return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(x));
 }
-
-EAC_INLINE void decode(const uint8_t* block, const Lut<4>& lut, F* w) {
-  const U b = (U)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)block));
-  w[0] = lut(b);
-  w[1] = lut(b >> 4);
-}
-
-EAC_INLINE void decode(const uint8_t* block, const Lut<2>& lut, F* w) {
-  const U b = byte_lanes_twice(block) >> U{0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2};
-  w[0] = lut(b);
-  w[1] = lut(b >> 4);
-}
-
-// Bit 2 of code l is bit l of the last word: rotated to bit 2 of lane l, and for the codes 16-31 after a shift by 16.
-EAC_INLINE void decode(const uint8_t* block, const Lut<3>& lut, F* w) {
-  const U b = byte_lanes_twice(block) >> U{0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 2, 2, 2, 2};
-  int32_t word;
-  __builtin_memcpy(&word, block + 8, 4);
-  const __m512i turn = _mm512_setr_epi32(2, 1, 0, 31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19);
-  const __m512i high = _mm512_rolv_epi32(_mm512_set1_epi32(word), turn);
-  const __m512i high_16 = _mm512_rolv_epi32(_mm512_set1_epi32(word), _mm512_add_epi32(turn, _mm512_set1_epi32(16)));
-  const __m512i two = _mm512_set1_epi32(3);
-  w[0] = lut((U)_mm512_ternarylogic_epi32(two, (__m512i)b, high, 0xca));  // two ? b : high
-  w[1] = lut((U)_mm512_ternarylogic_epi32(two, (__m512i)(b >> 4), high_16, 0xca));
-}
+EAC_INLINE I widen(I sum, Narrow n) { return sum + n; }

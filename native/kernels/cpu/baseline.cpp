@@ -17,6 +17,10 @@
 #define EAC_MR 4
 #define EAC_TOKEN_TILE 2
 #endif
+#define EAC_INT8_PANELS 1
+#define EAC_INT8_TOKENS 4
+#define EAC_INT8_PANELS_ONE 1
+#define EAC_INT8_PREFETCH 1024
 
 namespace eac {
 namespace {

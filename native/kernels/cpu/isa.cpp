@@ -31,9 +31,9 @@ Features detect() {
   unsigned low, high;
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return f;
-  constexpr unsigned avx2 = 1u << 5, avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
+  constexpr unsigned avx2 = 1u << 5, avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31, vnni = 1u << 11;  // F, DQ, BW, VL
   f.avx2 = (low & 0x6) == 0x6 && (b & avx2);
-  f.avx512 = f.avx2 && (low & 0xe6) == 0xe6 && (b & avx512) == avx512;
+  f.avx512 = f.avx2 && (low & 0xe6) == 0xe6 && (b & avx512) == avx512 && (c & vnni);
   return f;
 }
 #endif

@@ -10,13 +10,32 @@
 
 namespace eac {
 
-// Rows of a QuantMatrix (layout: kernels/quant/quant_matrix.h).
-struct QuantRows {
+// A QuantMatrix (layout: kernels/quant/quant_matrix.h).
+struct QuantPanels {
   int bits;
-  const uint8_t* codes;    // (rows, row_bytes)
-  const uint16_t* scales;  // (rows, groups) f16
-  const uint8_t* zeros;    // (rows, groups)
-  int64_t row_bytes, groups, group_size;
+  const uint8_t* codes;    // (panels, panel_bytes)
+  const uint16_t* scales;  // (panels, groups, 16) f16
+  const uint8_t* zeros;    // (panels, groups, 16)
+  int64_t panel_bytes, groups, group_size;
+};
+
+// Tokens quantized to int8, value = scale * q, in blocks of 32, 64 or 128 channels that divide the groups of the weights.
+struct Int8Tokens {
+  const int8_t* q;     // (tokens, stride), zero up to the next multiple of 32 channels
+  const float* scale;  // (tokens, blocks)
+  const int32_t* sum;  // (tokens, blocks): of q
+  int64_t stride, blocks, block;
+};
+
+// out (n, 16 * panels; row stride ldout) = tokens · panels [panel, panel + panels) of w ^T.
+struct Int8Dot {
+  QuantPanels w;
+  int64_t panel, panels, units;  // units: blocks of 32 channels
+  Int8Tokens x;
+  const int32_t* rows;  // token t is row rows[t] of x; null: row t
+  int64_t n;
+  float* out;
+  int64_t ldout;
 };
 
 // One operand of a product while it is packed: element (i, k) lies at data[i * stride + k * k_stride].
@@ -63,10 +82,14 @@ struct Isa {
   void (*dot_panel)(const DotPanel& p);  // k a multiple of 32
   // y[r] = dot(w row r, x), r < rows; k a multiple of 32. w: f32, f16 or bf16, row stride ldw in elements.
   void (*gemv)(DType dtype, const void* w, int64_t ldw, int64_t rows, int64_t k, const float* x, float* y);
-  // The same over rows [begin, end) of w, k channels; x is readable and zero up to the next multiple of 32. y[0] belongs to `begin`.
-  void (*gemv_quant)(const QuantRows& w, int64_t begin, int64_t end, int64_t k, const float* x, float* y);
-  // Row `row`, channels [k0, k0 + n), k0 a multiple of 32, in f32; out is written up to the next multiple of 32.
-  void (*dequantize)(const QuantRows& w, int64_t row, int64_t k0, int64_t n, float* out);
+
+  // Products with int8 activations: see int8.inl.
+  int64_t int8_tokens;  // up to so many tokens, weights go from memory to registers
+  void (*dot_int8)(const Int8Dot& d);
+  // One row of n channels to int8: q up to the next multiple of 32, and scale and sum of each block.
+  void (*quantize_int8)(const float* x, int64_t n, int64_t block, int8_t* q, float* scale, int32_t* sum);
+  // Channels [k0, k0 + n) of the 16 rows of a panel in f32, k0 a multiple of 32; written up to the next multiple of 32.
+  void (*dequantize)(const QuantPanels& w, int64_t panel, int64_t k0, int64_t n, float* out, int64_t ldout);
   void (*to_f32)(DType dtype, const void* in, int64_t n, float* out);  // f32, f16, bf16
 
   // Element-wise helpers of the other kernels. exp: within 2 ulp, exp(-inf) = 0, overflow is inf.

@@ -1,10 +1,12 @@
 // One instruction set's table, from the shared source. The including file defines EAC_LANES (f32 lanes), EAC_ISA_NAME,
-// EAC_ISA_TABLE, EAC_TOKEN_TILE and EAC_K_BLOCK, EAC_MR and EAC_NV (GEMM tile: rows, vectors), and opens namespace eac { namespace {
+// EAC_ISA_TABLE, EAC_TOKEN_TILE and EAC_K_BLOCK, EAC_MR and EAC_NV (GEMM tile: rows, vectors),
+// EAC_INT8_PANELS, EAC_INT8_TOKENS (int8 tile), EAC_INT8_PANELS_ONE (for one token) and EAC_INT8_PREFETCH (bytes), and opens namespace eac { namespace {
 // with its own primitives before it, simd.inl included.
 
 #include "kernels/cpu/gemm.inl"
 #include "kernels/cpu/dot.inl"
 #include "kernels/cpu/elementwise.inl"
+#include "kernels/cpu/int8.inl"
 
 }  // namespace
 
@@ -18,7 +20,9 @@ const Isa EAC_ISA_TABLE = {
     .k_block = EAC_K_BLOCK,
     .dot_panel = dot_panel,
     .gemv = gemv,
-    .gemv_quant = gemv_quant,
+    .int8_tokens = EAC_INT8_TOKENS,
+    .dot_int8 = dot_int8,
+    .quantize_int8 = quantize_int8,
     .dequantize = dequantize,
     .to_f32 = to_f32,
     .exp_f32 = exp_f32,

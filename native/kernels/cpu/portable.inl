@@ -33,36 +33,36 @@ EAC_INLINE float f16_scalar(uint16_t h) {
 
 EAC_INLINE F4 fold_to_4(F v) { return v; }
 
-template <int bits> struct Lut {
-  F scale, offset;
-  EAC_INLINE void set(float s, int z) {
-    scale = splat(s);
-    offset = splat(-s * float(z));
-  }
-};
-
-// Four bytes, one a lane.
-EAC_INLINE U byte_lanes(const uint8_t* p) {
+// L bytes, one a lane.
+EAC_INLINE I byte_lanes(const uint8_t* p) {
 #if defined(__SSE2__)
   int32_t word;
   __builtin_memcpy(&word, p, 4);
   const __m128i zero = _mm_setzero_si128();
-  return (U)_mm_unpacklo_epi16(_mm_unpacklo_epi8(_mm_cvtsi32_si128(word), zero), zero);
+  return (I)_mm_unpacklo_epi16(_mm_unpacklo_epi8(_mm_cvtsi32_si128(word), zero), zero);
 #else
   typedef uint8_t B4 __attribute__((vector_size(4)));
-  return __builtin_convertvector(load<B4>(p), U);
+  return __builtin_convertvector(load<B4>(p), I);
 #endif
 }
-
-template <int bits> EAC_INLINE void decode(const uint8_t* block, const Lut<bits>& lut, F* w) {
-  constexpr int period = bits == 4 ? 16 : 8, step = bits == 4 ? 4 : 2;
-  uint32_t high = 0;
-  if constexpr (bits == 3) __builtin_memcpy(&high, block + 8, 4);
-  const U lane_bit = U{1, 2, 4, 8};
-  EAC_UNROLL
-  for (int j = 0; j < 32; j += L) {
-    U c = (byte_lanes(block + j % period) >> (j / period * step)) & ((1u << step) - 1u);
-    if constexpr (bits == 3) c |= (U)((((high >> j) + U{}) & lane_bit) != U{}) & 4u;
-    w[j / L] = __builtin_convertvector((I)c, F) * lut.scale + lut.offset;
-  }
+EAC_INLINE void store_int8(int8_t* p, I v) {
+  for (int l = 0; l < L; l++) p[l] = int8_t(v[l]);
 }
+EAC_INLINE I times_int16(I v, int32_t s) { return v * s; }
+
+// Sums of four products in 32 bits.
+typedef I Narrow;
+template <int bits> constexpr int64_t narrow_units = 4;
+EAC_INLINE Narrow multiply_add(Narrow sum, U w, int32_t x) {
+#if defined(__SSE2__)
+  const __m128i zero = _mm_setzero_si128(), bytes = _mm_set1_epi32(x);
+  const __m128i x16 = _mm_srai_epi16(_mm_unpacklo_epi8(bytes, bytes), 8);
+  const __m128 low = (__m128)_mm_madd_epi16(_mm_unpacklo_epi8((__m128i)w, zero), x16);
+  const __m128 high = (__m128)_mm_madd_epi16(_mm_unpackhi_epi8((__m128i)w, zero), x16);
+  return sum + (I)_mm_shuffle_ps(low, high, 0x88) + (I)_mm_shuffle_ps(low, high, 0xdd);
+#else
+  for (int i = 0; i < 4; i++) sum = sum + (I)((w >> (8 * i)) & 255u) * int32_t(int8_t(x >> (8 * i)));
+  return sum;
+#endif
+}
+EAC_INLINE I widen(I sum, Narrow n) { return sum + n; }

@@ -2,8 +2,7 @@
 // Included by one file per instruction set inside its own anonymous namespace. EAC_PRIMITIVES names the file with what differs:
 //   bf16_lanes, f16_lanes, f16_scalar   to f32
 //   fold_to_4               lanes halved until four are left: (l, l + L/2), ...
-//   Lut<bits>, decode<bits> a block of 32 quantized channels as 32 / L vectors scale * (code - zero). The product of an 11-bit scale and
-//                           a 5-bit difference is exact in f32, so every version gives the same bits.
+//   byte_lanes, store_int8, and the integer multiply-add of int8.inl
 
 #define EAC_INLINE inline __attribute__((always_inline))
 #ifdef __clang__

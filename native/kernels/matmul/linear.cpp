@@ -5,6 +5,7 @@
 #include "core/thread_pool.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/matmul/gemm.h"
+#include "kernels/matmul/int8.h"
 #include "kernels/matmul/scratch.h"
 
 namespace eac {
@@ -16,30 +17,29 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 constexpr int64_t panel_rows = 32;   // rows expanded at a time, to stay in L2 while the tokens pass
 constexpr int64_t token_block = 96;  // tokens per expansion: their f32 rows stay in L2, too
 
-QuantRows quant_rows(const QuantMatrix& q) {
-  return {q.bits, q.codes.as<uint8_t>(), q.scales.as<uint16_t>(), q.zeros.as<uint8_t>(), q.row_bytes(), q.groups(), q.group_size};
-}
-
 struct Weights {
   const Tensor* dense;
-  QuantRows quant;
+  QuantPanels quant;
   int64_t in;
 
   explicit Weights(const Matrix& w) : dense(std::get_if<Tensor>(&w)), quant{}, in(in_features(w)) {
-    if (!dense) quant = quant_rows(std::get<QuantMatrix>(w));
+    if (!dense) quant = panels_of(std::get<QuantMatrix>(w));
   }
   const void* at(int64_t row, int64_t k) const { return dense->as<char>() + (row * in + k) * int64_t(dtype_size(dense->dtype)); }
   // f32 rows whose length suits the vectors are used where they lie.
   bool in_place() const { return dense && dense->dtype == DType::f32 && in % 32 == 0; }
 
   // Channels [k0, k0 + k) of some rows as f32 (rows, k), zero beyond the last channel of the matrix; k a multiple of 32.
+  // Quantized: `row` begins a panel, and whole panels are written.
   void expand(int64_t row, int64_t rows, int64_t k0, int64_t k, float* out) const {
     const int64_t n = std::min(k, in - k0);
-    for (int64_t r = 0; r < rows; r++, out += k) {
-      if (dense)
-        isa().to_f32(dense->dtype, at(row + r, k0), n, out);
-      else
-        isa().dequantize(quant, row + r, k0, n, out);
+    for (int64_t r = 0; r < rows; r += dense ? 1 : quant_panel, out += k * (dense ? 1 : quant_panel)) {
+      if (!dense) {
+        isa().dequantize(quant, (row + r) / quant_panel, k0, n, out, k);
+        for (int64_t i = 0; i < quant_panel; i++) std::fill(out + i * k + n, out + (i + 1) * k, 0.0f);
+        continue;
+      }
+      isa().to_f32(dense->dtype, at(row + r, k0), n, out);
       std::fill(out + n, out + k, 0.0f);
     }
   }
@@ -66,16 +66,13 @@ const float* bias_f32(const Tensor* bias, int64_t begin, int64_t end) {
   return out;
 }
 
-// One token: weights go from memory to registers.
+// One token and dense weights: they go from memory to registers.
 void one_token(const float* x, const Weights& w, const float* bias, int64_t begin, int64_t end, bool beta, float* y) {
   constexpr int64_t step = 64;
   float sums[step];
   for (int64_t r0 = begin; r0 < end; r0 += step) {
     const int64_t rows = std::min(step, end - r0);
-    if (w.dense)
-      isa().gemv(w.dense->dtype, w.at(r0, 0), w.in, rows, w.in, x, sums);
-    else
-      isa().gemv_quant(w.quant, r0, r0 + rows, w.in, x, sums);
+    isa().gemv(w.dense->dtype, w.at(r0, 0), w.in, rows, w.in, x, sums);
     for (int64_t r = 0; r < rows; r++) {
       float v = sums[r];
       if (bias) v += bias[r0 - begin + r];
@@ -91,8 +88,10 @@ void some_tokens(const float* x, int64_t ldx, int64_t n, int64_t padded, const W
   thread_local Scratch scratch;
   const Isa& kern = isa();
   // Few tokens: a panel small enough for L1.
-  const int64_t panel = n <= 2 * kern.token_tile ? 4 : panel_rows;
-  const int64_t block = round_up(ceil_div(padded, ceil_div(padded, kern.k_block)), 32);
+  const bool few = n <= 2 * kern.token_tile;
+  const int64_t panel = !few ? panel_rows : w.dense ? 4 : quant_panel;
+  const int64_t k_block = few && !w.dense ? kern.k_block / 4 : kern.k_block;
+  const int64_t block = round_up(ceil_div(padded, ceil_div(padded, k_block)), 32);
   float* acc = scratch.get<float>(panel * (n * kern.lanes + block));
   float* expanded = acc + panel * n * kern.lanes;
   for (int64_t r0 = begin; r0 < end; r0 += panel) {
@@ -155,7 +154,7 @@ void linear_serial(const float* x, int64_t ldx, int64_t n, const Matrix& w, cons
       ld = padded;
     }
     float* yt = y + t * ldy;
-    if (tokens == 1 && (!weights.dense || padded == weights.in))
+    if (tokens == 1 && weights.dense && padded == weights.in)
       one_token(xt, weights, b, begin, end, beta != 0, yt);
     else
       some_tokens(xt, ld, tokens, padded, weights, b, begin, end, beta != 0, yt, ldy);
@@ -172,7 +171,8 @@ void linear(const float* x, int64_t ldx, int64_t n, const Matrix& w, const Tenso
   // Pieces of rows by blocks of tokens, some for each thread so that none waits long at the end.
   const int64_t token_blocks = ceil_div(n, token_block);
   const int64_t per_block = ceil_div(8 * threads, token_blocks);
-  const int64_t rows = std::min<int64_t>(256, round_up(ceil_div(out, per_block), n == 1 ? 8 : panel_rows));
+  const int64_t rows =
+      std::min<int64_t>(256, round_up(ceil_div(out, per_block), n == 1 && std::holds_alternative<Tensor>(w) ? 8 : panel_rows));
   parallel_for(ceil_div(out, rows) * token_blocks, [&](int64_t task) {
     const int64_t t = task % token_blocks * token_block, r = task / token_blocks * rows;
     linear_serial(x + t * ldx, ldx, std::min(token_block, n - t), w, bias, r, std::min(out, r + rows), beta, y + t * ldy, ldy);

@@ -1,19 +1,26 @@
 // The oracle of the matrix products: plain loops in f64, no vectors, no threads.
-#include "kernels/matmul/gemm.h"
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "kernels/matmul/int8.h"
 
 namespace eac {
 namespace {
 
 double weight(const Tensor& w, int64_t r, int64_t c) { return element(w, r * w.cols() + c); }
 
+int code_of(const QuantMatrix& q, int64_t r, int64_t c) {
+  const uint8_t* unit = q.codes.as<uint8_t>() + r / quant_panel * q.panel_bytes() + c / quant_block * quant_unit_bytes(q.bits);
+  const int i = int(r % quant_panel * 4 + c % 4), step = int(c % quant_block / 4);
+  if (q.bits == 4) return unit[step / 2 * 64 + i] >> (step % 2 * 4) & 15;
+  const int low = unit[step / 4 * 64 + i] >> (step % 4 * 2) & 3;
+  return q.bits == 2 ? low : low | (unit[128 + i] >> step & 1) << 2;
+}
+
 double weight(const QuantMatrix& q, int64_t r, int64_t c) {
-  const uint8_t* block = q.codes.as<uint8_t>() + r * q.row_bytes() + c / quant_block * quant_block_bytes(q.bits);
-  const int i = int(c % quant_block);
-  const int code = q.bits == 4   ? (block[i % 16] >> (i / 16 * 4)) & 15
-                   : q.bits == 2 ? (block[i % 8] >> (i / 8 * 2)) & 3
-                                 : ((block[i % 8] >> (i / 8 * 2)) & 3) | ((block[8 + i / 8] >> (i % 8)) & 1) << 2;
-  const int64_t g = r * q.groups() + c / q.group_size;
-  return double(f16_to_f32(q.scales.as<uint16_t>()[g])) * (code - q.zeros.as<uint8_t>()[g]);
+  const int64_t g = c / q.group_size;
+  return double(f16_to_f32(q.scale(r, g))) * (code_of(q, r, c) - q.zero(r, g));
 }
 
 }  // namespace
@@ -31,6 +38,28 @@ void linear_reference(const float* x, int64_t ldx, int64_t n, const Matrix& w, c
           }
       },
       w);
+}
+
+void linear_int8_reference(const float* x, int64_t ldx, int64_t n, const QuantMatrix& w, const Tensor* bias, float beta, float* y,
+                           int64_t ldy) {
+  const int64_t block = int8_block(w);
+  for (int64_t t = 0; t < n; t++)
+    for (int64_t r = 0; r < w.rows; r++) {
+      float sum = 0;
+      for (int64_t c0 = 0; c0 < w.cols; c0 += block) {
+        const int64_t c1 = std::min(w.cols, c0 + block), g = c0 / w.group_size;
+        float largest = 0;
+        for (int64_t c = c0; c < c1; c++) largest = std::max(largest, std::fabs(x[t * ldx + c]));
+        const float inverse = largest > 1e-30f ? 127.0f / largest : 0.0f;
+        int64_t dot = 0;
+        for (int64_t c = c0; c < c1; c++)
+          dot += int64_t(std::nearbyint(double(x[t * ldx + c]) * inverse)) * (code_of(w, r, c) - w.zero(r, g));
+        const float scale_x = inverse == 0 ? 0 : largest / 127.0f;
+        sum = std::fma(float(dot) * scale_x, f16_to_f32(w.scale(r, g)), sum);
+      }
+      if (bias) sum += float(element(*bias, r));
+      y[t * ldy + r] = beta != 0 ? sum + y[t * ldy + r] : sum;
+    }
 }
 
 }  // namespace eac

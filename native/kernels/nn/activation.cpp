@@ -29,13 +29,4 @@ void glu(Activation a, float* gate, const float* up, int64_t n) {
   }
 }
 
-void gated_add(const float* x, const float* gate, int64_t n, int64_t d, float* out) {
-  parallel_for((n + 15) / 16, [&](int64_t task) {
-    for (int64_t t = task * 16; t < std::min(n, task * 16 + 16); t++) {
-      const float g = gate ? 1 / (1 + std::exp(-gate[t])) : 1.f;
-      for (int64_t j = 0; j < d; j++) out[t * d + j] += g * x[t * d + j];
-    }
-  });
-}
-
 }  // namespace eac

@@ -142,12 +142,13 @@ GptqResult quantize_gptq(const Tensor& w, const HessianFactor& f, const QuantOpt
   if (q.rows == 0) return result;
   Solver solver(w, f, o);
   solver.solve();
-  parallel_for(q.rows, [&](int64_t r) {
-    pack_row(solver.codes.as<uint8_t>() + r * q.cols, q.cols, q.bits, q.codes.as<uint8_t>() + r * q.row_bytes());
-    for (int64_t g = 0; g < q.groups(); g++) {
-      q.scales.as<uint16_t>()[r * q.groups() + g] = f32_to_f16(solver.scale[g * solver.padded_rows + r]);
-      q.zeros.as<uint8_t>()[r * q.groups() + g] = uint8_t(solver.zero[g * solver.padded_rows + r]);
-    }
+  parallel_for(q.panels(), [&](int64_t panel) {
+    pack_panel(solver.codes.as<uint8_t>() + panel * quant_panel * q.cols, panel, q);
+    for (int64_t r = panel * quant_panel; r < std::min(q.rows, (panel + 1) * quant_panel); r++)
+      for (int64_t g = 0; g < q.groups(); g++) {
+        q.scale(r, g) = f32_to_f16(solver.scale[g * solver.padded_rows + r]);
+        q.zero(r, g) = uint8_t(solver.zero[g * solver.padded_rows + r]);
+      }
   });
   for (int64_t r = 0; r < q.rows; r++) result.error += solver.row_error[r] / double(q.rows);
   return result;

@@ -39,9 +39,8 @@ inline void quantize_group(const float* w, int64_t n, GroupParams p, int bits, u
 // One row of W as f32. Throws Error("NON_FINITE") for NaN or infinity, which no code can hold.
 void load_row(const Tensor& w, int64_t row, float* out);
 
-// codes (cols) -> the block layout of quant_matrix.h, and back.
-void pack_row(const uint8_t* codes, int64_t cols, int bits, uint8_t* out);
-void unpack_row(const uint8_t* packed, int64_t cols, int bits, uint8_t* codes);
+// Codes of one panel, u8 (up to 16 rows, cols), into the layout of quant_matrix.h.
+void pack_panel(const uint8_t* codes, int64_t panel, QuantMatrix& q);
 
 // A matrix with empty codes, after checking the options and the shape.
 QuantMatrix make_quant_matrix(int64_t rows, int64_t cols, int bits, int64_t group_size, bool symmetric);

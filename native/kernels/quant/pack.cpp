@@ -1,4 +1,4 @@
-// Codes in and out of the two layouts: the block layout of quant_matrix.h, and the GPTQ v2 checkpoint layout of quantize.h.
+// Codes in and out of the two layouts: the panels of quant_matrix.h, and the GPTQ v2 checkpoint layout of quantize.h.
 #include <algorithm>
 #include <vector>
 
@@ -8,30 +8,35 @@
 namespace eac {
 namespace {
 
-// codes (32) -> one block, and back.
-void pack_block(const uint8_t* c, int bits, uint8_t* out) {
-  if (bits == 4) {
-    for (int j = 0; j < 16; j++) out[j] = uint8_t(c[j] | c[j + 16] << 4);
-    return;
-  }
-  for (int j = 0; j < 8; j++) out[j] = uint8_t((c[j] & 3) | (c[j + 8] & 3) << 2 | (c[j + 16] & 3) << 4 | (c[j + 24] & 3) << 6);
-  if (bits == 2) return;
-  for (int j = 0; j < 4; j++) {
+// One unit: the codes (16 rows, 32 channels) of a panel's block, and back. `codes` rows are `stride` apart.
+void pack_unit(const uint8_t* codes, int64_t stride, int bits, uint8_t* out) {
+  for (int i = 0; i < 64; i++) {
+    const uint8_t* c = codes + i / 4 * stride + i % 4;  // step s lies at c[4 * s]
+    if (bits == 4) {
+      for (int v = 0; v < 4; v++) out[64 * v + i] = uint8_t(c[8 * v] | c[8 * v + 4] << 4);
+      continue;
+    }
+    for (int v = 0; v < 2; v++)
+      out[64 * v + i] =
+          uint8_t((c[16 * v] & 3) | (c[16 * v + 4] & 3) << 2 | (c[16 * v + 8] & 3) << 4 | (c[16 * v + 12] & 3) << 6);
+    if (bits == 2) continue;
     int high = 0;
-    for (int i = 0; i < 8; i++) high |= (c[8 * j + i] >> 2) << i;
-    out[8 + j] = uint8_t(high);
+    for (int s = 0; s < 8; s++) high |= (c[4 * s] >> 2) << s;
+    out[128 + i] = uint8_t(high);
   }
 }
 
-void unpack_block(const uint8_t* in, int bits, uint8_t* c) {
-  if (bits == 4) {
-    for (int j = 0; j < 16; j++) c[j] = in[j] & 15, c[j + 16] = in[j] >> 4;
-    return;
+void unpack_unit(const uint8_t* in, int bits, uint8_t* codes, int64_t stride) {
+  for (int i = 0; i < 64; i++) {
+    uint8_t* c = codes + i / 4 * stride + i % 4;
+    for (int s = 0; s < 8; s++) {
+      if (bits == 4)
+        c[4 * s] = in[s / 2 * 64 + i] >> (s % 2 * 4) & 15;
+      else
+        c[4 * s] = in[s / 4 * 64 + i] >> (s % 4 * 2) & 3;
+      if (bits == 3) c[4 * s] = uint8_t(c[4 * s] | (in[128 + i] >> s & 1) << 2);
+    }
   }
-  for (int j = 0; j < 8; j++)
-    for (int k = 0; k < 4; k++) c[j + 8 * k] = in[j] >> (2 * k) & 3;
-  if (bits == 2) return;
-  for (int i = 0; i < 32; i++) c[i] = uint8_t(c[i] | (in[8 + i / 8] >> (i % 8) & 1) << 2);
 }
 
 // codes (32) -> a little-endian bit string of `bits` words; word w goes to out[w * stride].
@@ -80,36 +85,55 @@ QuantMatrix make_quant_matrix(int64_t rows, int64_t cols, int bits, int64_t grou
           "the group size must be a positive multiple of 32, or at least the number of columns");
   QuantMatrix q;
   q.bits = bits, q.rows = rows, q.cols = cols, q.group_size = group_size, q.symmetric = symmetric;
-  q.codes = Tensor::zeros(DType::u8, {rows, q.row_bytes()});
-  q.scales = Tensor::zeros(DType::f16, {rows, q.groups()});
-  q.zeros = Tensor::zeros(DType::u8, {rows, q.groups()});
+  q.codes = Tensor::zeros(DType::u8, {q.panels(), q.panel_bytes()});
+  q.scales = Tensor::zeros(DType::f16, {q.panels(), q.groups(), quant_panel});
+  q.zeros = Tensor::zeros(DType::u8, {q.panels(), q.groups(), quant_panel});
   return q;
 }
 
-void pack_row(const uint8_t* codes, int64_t cols, int bits, uint8_t* out) {
-  const int64_t whole = cols / quant_block * quant_block;
-  for (int64_t c = 0; c < whole; c += quant_block, out += quant_block_bytes(bits)) pack_block(codes + c, bits, out);
-  if (whole == cols) return;
-  uint8_t last[quant_block] = {};
-  std::copy(codes + whole, codes + cols, last);
-  pack_block(last, bits, out);
-}
-
-void unpack_row(const uint8_t* packed, int64_t cols, int bits, uint8_t* codes) {
-  const int64_t whole = cols / quant_block * quant_block;
-  for (int64_t c = 0; c < whole; c += quant_block, packed += quant_block_bytes(bits)) unpack_block(packed, bits, codes + c);
-  if (whole == cols) return;
-  uint8_t last[quant_block];
-  unpack_block(packed, bits, last);
-  std::copy(last, last + (cols - whole), codes + whole);
+void pack_panel(const uint8_t* codes, int64_t panel, QuantMatrix& q) {
+  uint8_t* out = q.codes.as<uint8_t>() + panel * q.panel_bytes();
+  const int64_t rows = std::min(quant_panel, q.rows - panel * quant_panel);
+  for (int64_t b = 0; b < q.blocks(); b++, out += quant_unit_bytes(q.bits)) {
+    const int64_t c = b * quant_block, used = std::min(quant_block, q.cols - c);
+    if (rows == quant_panel && used == quant_block) {
+      pack_unit(codes + c, q.cols, q.bits, out);
+      continue;
+    }
+    uint8_t edge[quant_panel * quant_block] = {};
+    for (int64_t r = 0; r < rows; r++) std::copy_n(codes + r * q.cols + c, used, edge + r * quant_block);
+    pack_unit(edge, quant_block, q.bits, out);
+  }
 }
 
 Tensor unpack_codes(const QuantMatrix& q) {
   Tensor codes = Tensor::zeros(DType::u8, {q.rows, q.cols});
-  parallel_for(q.rows, [&](int64_t r) {
-    unpack_row(q.codes.as<uint8_t>() + r * q.row_bytes(), q.cols, q.bits, codes.as<uint8_t>() + r * q.cols);
+  parallel_for(q.panels(), [&](int64_t p) {
+    const uint8_t* in = q.codes.as<uint8_t>() + p * q.panel_bytes();
+    const int64_t rows = std::min(quant_panel, q.rows - p * quant_panel);
+    for (int64_t b = 0; b < q.blocks(); b++, in += quant_unit_bytes(q.bits)) {
+      uint8_t unit[quant_panel * quant_block];
+      unpack_unit(in, q.bits, unit, quant_block);
+      const int64_t c = b * quant_block, used = std::min(quant_block, q.cols - c);
+      for (int64_t r = 0; r < rows; r++)
+        std::copy_n(unit + r * quant_block, used, codes.as<uint8_t>() + (p * quant_panel + r) * q.cols + c);
+    }
   });
   return codes;
+}
+
+Tensor unpack_scales(const QuantMatrix& q) {
+  Tensor scales = Tensor::zeros(DType::f16, {q.rows, q.groups()});
+  for (int64_t r = 0; r < q.rows; r++)
+    for (int64_t g = 0; g < q.groups(); g++) scales.as<uint16_t>()[r * q.groups() + g] = q.scale(r, g);
+  return scales;
+}
+
+Tensor unpack_zeros(const QuantMatrix& q) {
+  Tensor zeros = Tensor::zeros(DType::u8, {q.rows, q.groups()});
+  for (int64_t r = 0; r < q.rows; r++)
+    for (int64_t g = 0; g < q.groups(); g++) zeros.as<uint8_t>()[r * q.groups() + g] = q.zero(r, g);
+  return zeros;
 }
 
 QuantMatrix pack_codes(const Tensor& codes, const Tensor& scales_f16, const Tensor& zeros_u8, int bits, int64_t group_size,
@@ -122,47 +146,48 @@ QuantMatrix pack_codes(const Tensor& codes, const Tensor& scales_f16, const Tens
     return std::all_of(t.as<uint8_t>(), t.as<uint8_t>() + t.size(), [&](uint8_t v) { return v < 1 << bits; });
   };
   require(in_range(codes) && in_range(zeros_u8), "codes and zeros must be below 2^bits");
-  std::copy_n(scales_f16.as<uint16_t>(), q.scales.size(), q.scales.as<uint16_t>());
-  std::copy_n(zeros_u8.as<uint8_t>(), q.zeros.size(), q.zeros.as<uint8_t>());
-  parallel_for(q.rows, [&](int64_t r) {
-    pack_row(codes.as<uint8_t>() + r * q.cols, q.cols, bits, q.codes.as<uint8_t>() + r * q.row_bytes());
-  });
+  for (int64_t r = 0; r < q.rows; r++)
+    for (int64_t g = 0; g < q.groups(); g++) {
+      q.scale(r, g) = scales_f16.as<uint16_t>()[r * q.groups() + g];
+      q.zero(r, g) = zeros_u8.as<uint8_t>()[r * q.groups() + g];
+    }
+  parallel_for(q.panels(), [&](int64_t p) { pack_panel(codes.as<uint8_t>() + p * quant_panel * q.cols, p, q); });
   return q;
 }
 
 Tensor dequantize(const QuantMatrix& q) {
+  const Tensor codes = unpack_codes(q);
   Tensor w = Tensor::zeros(DType::f32, {q.rows, q.cols});
   parallel_for(q.rows, [&](int64_t r) {
-    std::vector<uint8_t> codes(q.cols);
-    unpack_row(q.codes.as<uint8_t>() + r * q.row_bytes(), q.cols, q.bits, codes.data());
+    const uint8_t* code = codes.as<uint8_t>() + r * q.cols;
     for (int64_t g = 0, c = 0; c < q.cols; g++) {
-      const float scale = f16_to_f32(q.scales.as<uint16_t>()[r * q.groups() + g]);
-      const int zero = q.zeros.as<uint8_t>()[r * q.groups() + g];
+      const float scale = f16_to_f32(q.scale(r, g));
+      const int zero = q.zero(r, g);
       for (const int64_t end = std::min(q.cols, c + q.group_size); c < end; c++)
-        w.f32()[r * q.cols + c] = scale * float(codes[c] - zero);
+        w.f32()[r * q.cols + c] = scale * float(code[c] - zero);
     }
   });
   return w;
 }
-
 GptqTensors to_gptq(const QuantMatrix& q) {
   const int64_t rows = q.rows, groups = q.groups(), zero_words = blocks_of(rows) * q.bits;
   GptqTensors t{Tensor::zeros(DType::i32, {q.blocks() * q.bits, rows}), Tensor::zeros(DType::i32, {groups, zero_words}),
                 Tensor::zeros(DType::f16, {groups, rows}), Tensor::zeros(DType::i32, {q.cols})};
   // A block of 32 channels fills `bits` rows of qweight: iterations write disjoint rows.
   parallel_for(q.blocks(), [&](int64_t b) {
-    uint8_t codes[quant_block];
+    uint8_t codes[quant_panel * quant_block];
     for (int64_t r = 0; r < rows; r++) {
-      unpack_block(q.codes.as<uint8_t>() + r * q.row_bytes() + b * quant_block_bytes(q.bits), q.bits, codes);
-      pack_words(codes, q.bits, t.qweight.i32() + b * q.bits * rows + r, rows);
+      if (r % quant_panel == 0)
+        unpack_unit(q.codes.as<uint8_t>() + r / quant_panel * q.panel_bytes() + b * quant_unit_bytes(q.bits), q.bits, codes,
+                    quant_block);
+      pack_words(codes + r % quant_panel * quant_block, q.bits, t.qweight.i32() + b * q.bits * rows + r, rows);
     }
   });
   for (int64_t g = 0; g < groups; g++) {
-    for (int64_t r = 0; r < rows; r++) t.scales.as<uint16_t>()[g * rows + r] = q.scales.as<uint16_t>()[r * groups + g];
+    for (int64_t r = 0; r < rows; r++) t.scales.as<uint16_t>()[g * rows + r] = q.scale(r, g);
     for (int64_t b = 0; b < blocks_of(rows); b++) {
       uint8_t zeros[quant_block] = {};
-      for (int64_t r = b * quant_block; r < std::min(rows, (b + 1) * quant_block); r++)
-        zeros[r - b * quant_block] = q.zeros.as<uint8_t>()[r * groups + g];
+      for (int64_t r = b * quant_block; r < std::min(rows, (b + 1) * quant_block); r++) zeros[r - b * quant_block] = q.zero(r, g);
       pack_words(zeros, q.bits, t.qzeros.i32() + g * zero_words + b * q.bits, 1);
     }
   }
@@ -182,23 +207,24 @@ QuantMatrix from_gptq(const GptqTensors& t, int64_t rows, int64_t cols, int bits
       require(t.g_idx.i32()[c] == c / group_size,
               "g_idx is not channel / group_size: groups of scattered channels are not supported");
   }
-  const int64_t bytes = quant_block_bytes(bits);
   parallel_for(q.blocks(), [&](int64_t b) {
-    uint8_t codes[quant_block];
     const int64_t used = std::min(quant_block, cols - b * quant_block);
-    for (int64_t r = 0; r < rows; r++) {
-      unpack_words(t.qweight.i32() + b * bits * rows + r, rows, bits, codes);
-      std::fill(codes + used, codes + quant_block, uint8_t(0));
-      pack_block(codes, bits, q.codes.as<uint8_t>() + r * q.row_bytes() + b * bytes);
+    for (int64_t p = 0; p < q.panels(); p++) {
+      uint8_t codes[quant_panel * quant_block] = {};
+      for (int64_t r = p * quant_panel; r < std::min(rows, (p + 1) * quant_panel); r++) {
+        uint8_t* row = codes + r % quant_panel * quant_block;
+        unpack_words(t.qweight.i32() + b * bits * rows + r, rows, bits, row);
+        std::fill(row + used, row + quant_block, uint8_t(0));
+      }
+      pack_unit(codes, quant_block, bits, q.codes.as<uint8_t>() + p * q.panel_bytes() + b * quant_unit_bytes(bits));
     }
   });
   for (int64_t g = 0; g < groups; g++) {
-    for (int64_t r = 0; r < rows; r++) q.scales.as<uint16_t>()[r * groups + g] = t.scales.as<uint16_t>()[g * rows + r];
+    for (int64_t r = 0; r < rows; r++) q.scale(r, g) = t.scales.as<uint16_t>()[g * rows + r];
     for (int64_t b = 0; b < blocks_of(rows); b++) {
       uint8_t zeros[quant_block];
       unpack_words(t.qzeros.i32() + g * zero_words + b * bits, 1, bits, zeros);
-      for (int64_t r = b * quant_block; r < std::min(rows, (b + 1) * quant_block); r++)
-        q.zeros.as<uint8_t>()[r * groups + g] = zeros[r - b * quant_block];
+      for (int64_t r = b * quant_block; r < std::min(rows, (b + 1) * quant_block); r++) q.zero(r, g) = zeros[r - b * quant_block];
     }
   }
   return q;

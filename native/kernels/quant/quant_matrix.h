@@ -4,10 +4,14 @@
 // DEFINITION  W[r, c] = scale[r, c / group_size] * (code[r, c] - zero[r, c / group_size]),  0 <= code, zero < 2^bits
 //             scale is an f16 value, kept as such so that memory and checkpoint agree bit for bit.
 //             A symmetric matrix has zero = 2^(bits-1) everywhere.
-// LAYOUT      Codes lie in blocks of 32 channels, a row after the other, cols padded up to 32 (padding codes are 0):
-//               2 bit:  8 bytes; byte j holds the codes j, j+8, j+16, j+24 in bits 0-1, 2-3, 4-5, 6-7
-//               3 bit: 12 bytes; 8 bytes with the low two bits as above, then 4 bytes: bit i = bit 2 of code i
-//               4 bit: 16 bytes; byte j holds code j in its low and code j+16 in its high nibble
+// LAYOUT      One for all instruction sets. Rows lie in panels of 16, channels in blocks of 32, both padded (padding codes and scales
+//             are 0). A block of a panel is a unit of 8 steps; a step holds 4 channels of 16 rows, as the dot-product instructions want
+//             them: 64 codes, code 4 r + c = row r, channel 4 step + c. A unit packs them into vectors of 64 bytes, byte by byte:
+//               2 bit: 2 vectors; vector i holds the steps 4 i .. 4 i + 3 in bits 0-1, 2-3, 4-5, 6-7
+//               3 bit: 3 vectors; two with the low two bits as above, then one with bit 2 of step s in bit s
+//               4 bit: 4 vectors; vector i holds step 2 i in the low and step 2 i + 1 in the high nibble
+//             A panel's units follow each other, and so do the panels: a product reads one stream. Scales and zero points lie
+//             (panels, groups, 16).
 // LIMITS      group_size is a positive multiple of 32 (so a block never straddles two groups), or >= cols.
 #pragma once
 #include <cstdint>
@@ -19,19 +23,27 @@
 namespace eac {
 
 inline constexpr int64_t quant_block = 32;
-constexpr int64_t quant_block_bytes(int bits) { return bits * quant_block / 8; }
+inline constexpr int64_t quant_panel = 16;
+constexpr int64_t quant_unit_bytes(int bits) { return bits * quant_block * quant_panel / 8; }
 
 struct QuantMatrix {
   int bits = 4;
   int64_t rows = 0, cols = 0, group_size = 128;
   bool symmetric = false;
-  Tensor codes;   // u8  (rows, blocks * quant_block_bytes(bits))
-  Tensor scales;  // f16 (rows, groups)
-  Tensor zeros;   // u8  (rows, groups)
+  Tensor codes;   // u8  (panels, blocks * quant_unit_bytes(bits))
+  Tensor scales;  // f16 (panels, groups, 16)
+  Tensor zeros;   // u8  (panels, groups, 16)
 
+  int64_t panels() const { return (rows + quant_panel - 1) / quant_panel; }
   int64_t blocks() const { return (cols + quant_block - 1) / quant_block; }
   int64_t groups() const { return (cols + group_size - 1) / group_size; }
-  int64_t row_bytes() const { return blocks() * quant_block_bytes(bits); }
+  int64_t panel_bytes() const { return blocks() * quant_unit_bytes(bits); }
+  // Where the scale and the zero point of a row and group lie.
+  int64_t param_index(int64_t row, int64_t group) const {
+    return (row / quant_panel * groups() + group) * quant_panel + row % quant_panel;
+  }
+  uint16_t& scale(int64_t row, int64_t group) const { return scales.as<uint16_t>()[param_index(row, group)]; }
+  uint8_t& zero(int64_t row, int64_t group) const { return zeros.as<uint8_t>()[param_index(row, group)]; }
 };
 
 }  // namespace eac

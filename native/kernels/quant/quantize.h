@@ -46,8 +46,10 @@ struct GptqResult {
 // without it they come from the updated weights when the group's first column is reached.
 GptqResult quantize_gptq(const Tensor& w, const HessianFactor& f, const QuantOptions& o);
 
-// Codes as plain numbers, and back. codes: u8 (rows, cols).
+// The parts as plain matrices, and back: codes u8 (rows, cols), scales f16 and zeros u8 (rows, groups).
 Tensor unpack_codes(const QuantMatrix& q);
+Tensor unpack_scales(const QuantMatrix& q);
+Tensor unpack_zeros(const QuantMatrix& q);
 QuantMatrix pack_codes(const Tensor& codes, const Tensor& scales_f16, const Tensor& zeros_u8, int bits, int64_t group_size,
                        bool symmetric);
 Tensor dequantize(const QuantMatrix& q);  // f32 (rows, cols)

@@ -107,21 +107,20 @@ void load_row(const Tensor& w, int64_t row, float* out) {
 QuantMatrix quantize_rtn(const Tensor& w, const QuantOptions& o, const float* importance) {
   require_weight(w);
   QuantMatrix q = make_quant_matrix(w.rows(), w.cols(), o.bits, o.group_size, o.symmetric);
-  const int64_t groups = q.groups(), rows_per_chunk = std::max<int64_t>(1, 16384 / q.cols);
-  parallel_for((q.rows + rows_per_chunk - 1) / rows_per_chunk, [&](int64_t chunk) {
+  parallel_for(q.panels(), [&](int64_t panel) {
     std::vector<float> row(q.cols);
-    std::vector<uint8_t> codes(q.cols);
-    for (int64_t r = chunk * rows_per_chunk; r < std::min(q.rows, (chunk + 1) * rows_per_chunk); r++) {
+    std::vector<uint8_t> codes(quant_panel * q.cols);
+    for (int64_t r = panel * quant_panel; r < std::min(q.rows, (panel + 1) * quant_panel); r++) {
       load_row(w, r, row.data());
-      for (int64_t g = 0; g < groups; g++) {
+      for (int64_t g = 0; g < q.groups(); g++) {
         const int64_t c = g * q.group_size, n = std::min(q.group_size, q.cols - c);
         const GroupParams p = fit_group(&row[c], n, o, importance ? importance + c : nullptr);
-        quantize_group(&row[c], n, p, o.bits, &codes[c]);
-        q.scales.as<uint16_t>()[r * groups + g] = p.scale_f16;
-        q.zeros.as<uint8_t>()[r * groups + g] = p.zero;
+        quantize_group(&row[c], n, p, o.bits, &codes[r % quant_panel * q.cols + c]);
+        q.scale(r, g) = p.scale_f16;
+        q.zero(r, g) = p.zero;
       }
-      pack_row(codes.data(), q.cols, o.bits, q.codes.as<uint8_t>() + r * q.row_bytes());
     }
+    pack_panel(codes.data(), panel, q);
   });
   return q;
 }

@@ -1,0 +1,263 @@
+// Products of int8 activations with quantized weights (LAYOUT: kernels/quant/quant_matrix.h).
+//
+// DEFINITION  out[t, r] = sum over activation blocks b of  scale_x[t, b] * scale_w[r, g] * (sum of code * q - zero[r, g] * sum_x[t, b])
+//             with g the group that holds the block. The inner sums are exact integers and the blocks are added in rising order, each as
+//             fma(float(sum) * scale_x, scale_w, out): an output is the same bits for one token or many, and on every instruction set with
+//             a fused multiply-add.
+// METHOD      A step's codes are bytes as the instruction wants them; four activations are broadcast to all rows, so nothing is reduced
+//             across lanes. Few tokens: codes go from memory to registers. Many: 256 channels of some panels are unpacked to bytes once
+//             and stay in L1 while the tokens pass.
+// LIMITS      |q| <= 127, codes <= 15: a block of 128 sums to less than 2^18. Where the instruction adds pairs in 16 bits, a step adds at
+//             most 2 * 127 * code: `narrow_units` units of 8 steps stay below 2^15 (4 bit: 1, 30480; 3 bit: 2, 28448; 2 bit: 4, 24384).
+// The primitives' file defines: Narrow (accumulator of the multiply-adds), narrow_units<bits>, multiply_add, widen, times_int16, store_int8.
+
+constexpr int vectors = 16 / L;         // of a panel's step
+constexpr int64_t chunk_units = 8;      // unpacked at a time: 256 channels
+constexpr int64_t unpacked_unit = 512;  // bytes
+
+template <int bits> EAC_INLINE U step_codes(const uint8_t* unit, int step, int vector) {
+  const uint8_t* p = unit + vector * 4 * L;
+  if constexpr (bits == 8) return load<U>(p + step * 64);
+  if constexpr (bits == 4) {
+    const U c = load<U>(p + step / 2 * 64);
+    return (step % 2 ? c >> 4 : c) & 0x0f0f0f0fu;
+  }
+  U c = load<U>(p + step / 4 * 64);
+  c = (step % 4 ? c >> (step % 4 * 2) : c) & 0x03030303u;
+  if constexpr (bits == 2) return c;
+  const U high = load<U>(p + 128);
+  return c | ((step < 2 ? high << (2 - step) : high >> (step - 2)) & 0x04040404u);
+}
+
+EAC_INLINE int32_t four_bytes(const int8_t* p) {
+  int32_t v;
+  __builtin_memcpy(&v, p, 4);
+  return v;
+}
+
+// P panels times T tokens over the activation blocks [begin, end). `codes`: the panels' units from block `begin` on, `panel_stride`
+// bytes apart, packed as `bits` says or (unpacked) one code a byte. `limit`: the bits that bound the codes.
+template <int bits, int limit, int P, int T> EAC_INLINE void int8_tile(const Int8Dot& d, int64_t panel, const uint8_t* codes,
+                                                                       int64_t panel_stride, int64_t begin, int64_t end,
+                                                                       int64_t token) {
+  constexpr int64_t unit_bytes = bits == 8 ? unpacked_unit : bits * 64;
+  const int64_t units_per_block = d.x.block / 32;
+  const int8_t* x[T];
+  const float* x_scale[T];
+  const int32_t* x_sum[T];
+  EAC_UNROLL
+  for (int t = 0; t < T; t++) {
+    const int64_t row = d.rows ? d.rows[token + t] : token + t;
+    x[t] = d.x.q + row * d.x.stride + begin * d.x.block;
+    x_scale[t] = d.x.scale + row * d.x.blocks;
+    x_sum[t] = d.x.sum + row * d.x.blocks;
+  }
+  float* out = d.out + token * d.ldout + (panel - d.panel) * 16;
+  for (int64_t b = begin; b < end; b++) {
+    const int64_t left = d.units - b * units_per_block, units = left < units_per_block ? left : units_per_block;
+    const int64_t params = (panel * d.w.groups + b * d.x.block / d.w.group_size) * 16, next_panel = d.w.groups * 16;
+    I sum[P][vectors][T];
+    EAC_UNROLL
+    for (int p = 0; p < P; p++) EAC_UNROLL
+    for (int v = 0; v < vectors; v++) {
+      const I zero = byte_lanes(d.w.zeros + params + p * next_panel + v * L);
+      EAC_UNROLL
+      for (int t = 0; t < T; t++) sum[p][v][t] = -times_int16(zero, x_sum[t][b]);
+    }
+    for (int64_t done = 0; done < units;) {
+      const int64_t stop = done + narrow_units<limit> < units ? done + narrow_units<limit> : units;
+      Narrow narrow[P][vectors][T];
+      EAC_UNROLL
+      for (int p = 0; p < P; p++) EAC_UNROLL
+      for (int v = 0; v < vectors; v++) EAC_UNROLL
+      for (int t = 0; t < T; t++) narrow[p][v][t] = Narrow{};
+      for (; done < stop; done++, codes += unit_bytes) {
+        if constexpr (bits != 8) {
+          EAC_UNROLL
+          for (int p = 0; p < P; p++) EAC_UNROLL
+          for (int line = 0; line < bits; line++) __builtin_prefetch(codes + p * panel_stride + line * 64 + EAC_INT8_PREFETCH);
+        }
+        EAC_UNROLL
+        for (int s = 0; s < 8; s++) {
+          int32_t four[T];
+          EAC_UNROLL
+          for (int t = 0; t < T; t++) four[t] = four_bytes(x[t] + s * 4);
+          EAC_UNROLL
+          for (int p = 0; p < P; p++) EAC_UNROLL
+          for (int v = 0; v < vectors; v++) {
+            const U w = step_codes<bits>(codes + p * panel_stride, s, v);
+            EAC_UNROLL
+            for (int t = 0; t < T; t++) narrow[p][v][t] = multiply_add(narrow[p][v][t], w, four[t]);
+          }
+        }
+        EAC_UNROLL
+        for (int t = 0; t < T; t++) x[t] += 32;
+      }
+      EAC_UNROLL
+      for (int p = 0; p < P; p++) EAC_UNROLL
+      for (int v = 0; v < vectors; v++) EAC_UNROLL
+      for (int t = 0; t < T; t++) sum[p][v][t] = widen(sum[p][v][t], narrow[p][v][t]);
+    }
+    EAC_UNROLL
+    for (int p = 0; p < P; p++) EAC_UNROLL
+    for (int v = 0; v < vectors; v++) {
+      const F scale = f16_lanes(d.w.scales + params + p * next_panel + v * L);
+      EAC_UNROLL
+      for (int t = 0; t < T; t++) {
+        float* o = out + t * d.ldout + p * 16 + v * L;
+        const F before = b == 0 ? F{} : load<F>(o);
+        store(o, __builtin_convertvector(sum[p][v][t], F) * x_scale[t][b] * scale + before);
+      }
+    }
+  }
+}
+
+// One copy per tile size, each with its own register allocation.
+template <int bits, int limit, int P, int T>
+__attribute__((noinline)) void int8_tile_of(const Int8Dot& d, int64_t panel, const uint8_t* codes, int64_t panel_stride,
+                                            int64_t begin, int64_t end, int64_t token) {
+  int8_tile<bits, limit, P, T>(d, panel, codes, panel_stride, begin, end, token);
+}
+
+// Tokens [0, n) in tiles of nearly equal size.
+template <int bits, int limit, int P> EAC_INLINE void int8_tokens(const Int8Dot& d, int64_t panel, const uint8_t* codes,
+                                                                  int64_t panel_stride, int64_t begin, int64_t end) {
+  const int64_t tiles = (d.n + EAC_INT8_TOKENS - 1) / EAC_INT8_TOKENS;
+  for (int64_t i = 0, t = 0; i < tiles; i++) {
+    const int64_t n = (d.n - t + tiles - i - 1) / (tiles - i);
+    switch (n) {
+      case 1: int8_tile_of<bits, limit, P, 1>(d, panel, codes, panel_stride, begin, end, t); break;
+      case 2: int8_tile_of<bits, limit, P, 2>(d, panel, codes, panel_stride, begin, end, t); break;
+      case 3: int8_tile_of<bits, limit, P, 3>(d, panel, codes, panel_stride, begin, end, t); break;
+      case 4: int8_tile_of<bits, limit, P, 4>(d, panel, codes, panel_stride, begin, end, t); break;
+#if EAC_INT8_TOKENS > 4
+      case 5: int8_tile_of<bits, limit, P, 5>(d, panel, codes, panel_stride, begin, end, t); break;
+      case 6: int8_tile_of<bits, limit, P, 6>(d, panel, codes, panel_stride, begin, end, t); break;
+#endif
+    }
+    t += n;
+  }
+}
+
+template <int bits> EAC_INLINE void unpack_units(const uint8_t* codes, int64_t units, uint8_t* out) {
+  for (int64_t u = 0; u < units; u++, codes += bits * 64, out += unpacked_unit) EAC_UNROLL
+  for (int s = 0; s < 8; s++) EAC_UNROLL
+  for (int v = 0; v < vectors; v++) store(out + s * 64 + v * 4 * L, step_codes<bits>(codes, s, v));
+}
+
+template <int bits, int P> void int8_many_tokens(const Int8Dot& d, int64_t panel, const uint8_t* codes) {
+  alignas(64) uint8_t unpacked[P * chunk_units * unpacked_unit];
+  const int64_t blocks_per_chunk = chunk_units * 32 / d.x.block;
+  for (int64_t unit = 0, b = 0; unit < d.units; unit += chunk_units, b += blocks_per_chunk) {
+    const int64_t units = d.units - unit < chunk_units ? d.units - unit : chunk_units;
+    for (int p = 0; p < P; p++)
+      unpack_units<bits>(codes + p * d.w.panel_bytes + unit * bits * 64, units, unpacked + p * chunk_units * unpacked_unit);
+    const int64_t end = b + blocks_per_chunk < d.x.blocks ? b + blocks_per_chunk : d.x.blocks;
+    int8_tokens<8, bits, P>(d, panel, unpacked, chunk_units * unpacked_unit, b, end);
+  }
+}
+
+template <int bits> void dot_int8_bits(const Int8Dot& d) {
+  constexpr int few = EAC_INT8_PANELS_ONE, many = EAC_INT8_PANELS;
+  const int width = d.n == 1 ? few : many;
+  for (int64_t i = 0; i < d.panels;) {
+    // A last group that is not full reaches back over panels that are done: it writes the same values again.
+    if (d.panels >= width && i + width > d.panels) i = d.panels - width;
+    const int64_t panel = d.panel + i;
+    const uint8_t* codes = d.w.codes + panel * d.w.panel_bytes;
+    if (d.panels < width) {
+      for (int64_t t = 0; t < d.n; t++) int8_tile_of<bits, bits, 1, 1>(d, panel, codes, 0, 0, d.x.blocks, t);
+      i++;
+      continue;
+    }
+    if (d.n == 1)
+      int8_tile_of<bits, bits, few, 1>(d, panel, codes, d.w.panel_bytes, 0, d.x.blocks, 0);
+    else if (d.n <= EAC_INT8_TOKENS)
+      int8_tokens<bits, bits, many>(d, panel, codes, d.w.panel_bytes, 0, d.x.blocks);
+    else
+      int8_many_tokens<bits, many>(d, panel, codes);
+    i += width;
+  }
+}
+
+void dot_int8(const Int8Dot& d) {
+  if (d.w.bits == 4)
+    dot_int8_bits<4>(d);
+  else if (d.w.bits == 3)
+    dot_int8_bits<3>(d);
+  else if (d.w.bits == 2)
+    dot_int8_bits<2>(d);
+}
+
+// q = round(x * 127 / max|x|), half to even, per block. 0 * x is NaN for NaN and infinity: their block's scale becomes NaN, and so does
+// every output that used it. Values below 1e-30 count as 0.
+void quantize_int8(const float* x, int64_t n, int64_t block, int8_t* q, float* scale, int32_t* sum) {
+  for (int64_t c = 0, b = 0; c < n; c += block, b++) {
+    const int64_t count = n - c < block ? n - c : block;
+    F max{}, bad{};
+    for (int64_t i = 0; i < count; i += L) {
+      const F v = count - i < L ? load_part(x + c + i, count - i) : load<F>(x + c + i), magnitude = v < 0.0f ? -v : v;
+      max = magnitude > max ? magnitude : max;
+      bad = bad + v * 0.0f;
+    }
+    const float largest = max_lanes(max), inverse = largest > 1e-30f ? 127.0f / largest : 0.0f;
+    const F magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    I total{};
+    for (int64_t i = 0; i < (count + 31) / 32 * 32; i += L) {
+      const F v = i >= count ? F{} : count - i < L ? load_part(x + c + i, count - i) : load<F>(x + c + i);
+      const I rounded = (I)(v * inverse + magic) - (I)magic;
+      total = total + rounded;
+      store_int8(q + c + i, rounded);
+    }
+    int32_t s = 0;
+    for (int l = 0; l < L; l++) s += total[l];
+    sum[b] = s;
+    scale[b] = (inverse == 0.0f ? 0.0f : largest / 127.0f) + sum_lanes(bad);
+  }
+}
+
+// 16 rows x [k0, k0 + n) of panel `panel` as f32, k0 a multiple of 32; out rows are ldout apart and written up to the next multiple of
+// 32. The product of an 11-bit scale and a 5-bit difference is exact in f32, so every instruction set gives the same bits.
+template <int bits> void dequantize_bits(const QuantPanels& w, int64_t panel, int64_t k0, int64_t n, float* out, int64_t ldout) {
+  const uint8_t* unit = w.codes + panel * w.panel_bytes + k0 / 32 * (bits * 64);
+  alignas(64) uint8_t codes[unpacked_unit];
+  float scale[16], offset[16];
+  int64_t group = -1;
+  for (int64_t c = 0; c < n; c += 32, unit += bits * 64) {
+    if ((k0 + c) / w.group_size != group) {
+      group = (k0 + c) / w.group_size;
+      const int64_t params = (panel * w.groups + group) * 16;
+      for (int r = 0; r < 16; r++) {
+        scale[r] = f16_scalar(w.scales[params + r]);
+        offset[r] = -scale[r] * float(w.zeros[params + r]);
+      }
+    }
+    unpack_units<bits>(unit, 1, codes);
+    // L lanes hold 4 channels of L / 4 rows.
+    for (int64_t r = 0; r < 16; r += L / 4) {
+      F s, o;
+      EAC_UNROLL
+      for (int l = 0; l < L; l++) s[l] = scale[r + l / 4], o[l] = offset[r + l / 4];
+      EAC_UNROLL
+      for (int step = 0; step < 8; step++) {
+        const F v = __builtin_convertvector(byte_lanes(codes + step * 64 + r * 4), F) * s + o;
+        EAC_UNROLL
+        for (int i = 0; i < L / 4; i++) {
+          F4 row;
+          EAC_UNROLL
+          for (int l = 0; l < 4; l++) row[l] = v[4 * i + l];
+          store(out + (r + i) * ldout + c + step * 4, row);
+        }
+      }
+    }
+  }
+}
+
+void dequantize(const QuantPanels& w, int64_t panel, int64_t k0, int64_t n, float* out, int64_t ldout) {
+  if (w.bits == 4)
+    dequantize_bits<4>(w, panel, k0, n, out, ldout);
+  else if (w.bits == 3)
+    dequantize_bits<3>(w, panel, k0, n, out, ldout);
+  else if (w.bits == 2)
+    dequantize_bits<2>(w, panel, k0, n, out, ldout);
+}

@@ -1,0 +1,140 @@
+#include <algorithm>
+#include <cstring>
+
+#include "core/thread_pool.h"
+#include "kernels/moe/stages.h"
+
+namespace eac {
+namespace {
+
+constexpr int64_t row_block = 64;       // pairs of one tile: they and a chunk of weights stay in L1
+constexpr int64_t channel_block = 128;  // hidden channels of one tile: whole blocks of the int8 values that it leaves behind
+constexpr int64_t few_channels = 64;    // outputs of one piece of the down projection of a single token
+
+const QuantMatrix& quant(const Matrix& m) { return std::get<QuantMatrix>(m); }
+
+// The block that suits the inputs of all experts.
+template <class Of> int64_t common_block(const Experts& experts, size_t begin, size_t end, Of of) {
+  int64_t block = 128;
+  for (size_t e = begin; e < end; e++) block = std::min(block, int8_block(quant(of(experts, e))));
+  return block;
+}
+
+// out (n, channels) = rows of x · rows [channel, channel + channels) of w ^T, padded to whole panels.
+void product(const Int8Tokens& x, const int32_t* rows, int64_t n, const QuantMatrix& w, int64_t channel, int64_t channels,
+             float* out, int64_t ldout) {
+  isa().dot_int8({.w = panels_of(w),
+                  .panel = channel / quant_panel,
+                  .panels = (channels + quant_panel - 1) / quant_panel,
+                  .units = w.blocks(),
+                  .x = x,
+                  .rows = rows,
+                  .n = n,
+                  .out = out,
+                  .ldout = ldout});
+}
+
+Int8Tokens from_token(Int8Tokens x, int64_t token) {
+  x.q += token * x.stride, x.scale += token * x.blocks, x.sum += token * x.blocks;
+  return x;
+}
+
+struct Int8Experts {
+  const MoeCall& c;
+  ExpertsScratch& s;
+  size_t count = c.experts.count();
+  int64_t routed = s.dispatch.routed();
+
+  void prepare() {
+    const auto gate = [](const Experts& e, size_t i) -> const Matrix& { return e.gate_of(i); };
+    const auto up = [](const Experts& e, size_t i) -> const Matrix& { return e.up_of(i); };
+    const auto down = [](const Experts& e, size_t i) -> const Matrix& { return e.down_of(i); };
+    const size_t all = count + (c.experts.shared ? 1 : 0);
+    s.x8.quantize(c.x, c.d, c.n, c.d, std::min(common_block(c.experts, 0, all, gate), common_block(c.experts, 0, all, up)));
+    s.hidden8.reset(routed, c.experts.hidden_of(0), common_block(c.experts, 0, count, down));
+    if (c.experts.shared) s.shared8.reset(c.n, c.experts.hidden_of(count), common_block(c.experts, count, all, down));
+  }
+
+  // Gate, up and activation of a tile; leaves the hidden values in int8.
+  void gate_and_up(const Tile& t) const {
+    thread_local Scratch scratch;
+    const size_t e = size_t(t.expert);
+    float* gate = scratch.get<float>(2 * row_block * channel_block);
+    float* up = gate + row_block * channel_block;
+    const int32_t* tokens = s.dispatch.token_of_pair.data() + t.row;
+    product(s.x8.view(), tokens, t.rows, quant(c.experts.gate_of(e)), t.channel, t.channels, gate, channel_block);
+    product(s.x8.view(), tokens, t.rows, quant(c.experts.up_of(e)), t.channel, t.channels, up, channel_block);
+    Int8Rows& hidden = e < count ? s.hidden8 : s.shared8;
+    const int64_t first = e < count ? t.row : t.row - routed;
+    for (int64_t r = 0; r < t.rows; r++) {
+      glu(c.experts.activation, gate + r * channel_block, up + r * channel_block, t.channels);
+      hidden.set(first + r, t.channel, gate + r * channel_block, t.channels);
+    }
+  }
+
+  Int8Tokens hidden_from(size_t e, int64_t pair) const {
+    return e < count ? from_token(s.hidden8.view(), pair) : from_token(s.shared8.view(), pair - routed);
+  }
+
+  // out += weight * down(hidden) for the pairs of a single token, some channels at a time.
+  void down_one_token() const {
+    const int64_t step = few_channels, slots = c.k + (c.experts.shared ? 1 : 0);
+    parallel_for((c.d + step - 1) / step, [&](int64_t task) {
+      alignas(64) float y[few_channels];
+      const int64_t channel = task * step, channels = std::min(step, c.d - channel);
+      if (c.beta == 0) std::memset(c.out + channel, 0, size_t(channels) * sizeof(float));
+      for (int64_t slot = 0; slot < slots; slot++) {
+        const bool shared = slot == c.k;
+        const int64_t pair = shared ? routed : s.dispatch.pair_of_slot[size_t(slot)];
+        if (pair < 0) continue;
+        const size_t e = shared ? count : expert_of(pair);
+        product(hidden_from(e, pair), nullptr, 1, quant(c.experts.down_of(e)), channel, channels, y, step);
+        isa().axpy_f32(shared ? c.shared_weights[0] : c.weights[slot], y, c.out + channel, channels);
+      }
+    });
+  }
+  size_t expert_of(int64_t pair) const {
+    const auto& o = s.dispatch.offsets;
+    return size_t(std::upper_bound(o.begin(), o.end(), pair) - o.begin()) - 1;
+  }
+
+  void down() const {
+    float* rows = s.rows.get<float>(s.dispatch.pairs() * c.d);
+    s.dispatch.for_tiles(
+        row_block, channel_block, [&](size_t) { return c.d; },
+        [&](const Tile& t) {
+          const QuantMatrix& w = quant(c.experts.down_of(size_t(t.expert)));
+          const Int8Tokens x = hidden_from(size_t(t.expert), t.row);
+          if (t.channels % quant_panel == 0)
+            return product(x, nullptr, t.rows, w, t.channel, t.channels, rows + t.row * c.d + t.channel, c.d);
+          thread_local Scratch scratch;
+          float* y = scratch.get<float>(row_block * channel_block);
+          product(x, nullptr, t.rows, w, t.channel, t.channels, y, channel_block);
+          for (int64_t r = 0; r < t.rows; r++)
+            std::copy_n(y + r * channel_block, t.channels, rows + (t.row + r) * c.d + t.channel);
+        });
+    add_up(c, s, rows);
+  }
+};
+
+}  // namespace
+
+bool quantized(const Experts& experts) {
+  const auto is = [](const Matrix& m) { return std::holds_alternative<QuantMatrix>(m); };
+  for (size_t e = 0; e < experts.count() + (experts.shared ? 1 : 0); e++)
+    if (!is(experts.gate_of(e)) || !is(experts.up_of(e)) || !is(experts.down_of(e))) return false;
+  return true;
+}
+
+void run_int8(const MoeCall& c, ExpertsScratch& s) {
+  Int8Experts run{c, s};
+  run.prepare();
+  s.dispatch.for_tiles(
+      row_block, channel_block, [&](size_t e) { return c.experts.hidden_of(e); }, [&](const Tile& t) { run.gate_and_up(t); });
+  if (c.n == 1)
+    run.down_one_token();
+  else
+    run.down();
+}
+
+}  // namespace eac
