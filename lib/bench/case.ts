@@ -1,4 +1,5 @@
 /** What a benchmark of one kernel is made of. */
+import type { LoadSource } from './loads';
 import type { LayerShape } from './shapes';
 
 /** Which peak bounds the operations of a kernel: 8-bit integers, float32, or float64 (half of float32's). */
@@ -32,6 +33,8 @@ export interface Setting {
   seed: number;
   /** Bytes of weights to go through before the first come again. */
   cycle: number;
+  /** Where expert loads are measured. */
+  loads: LoadSource;
 }
 
 /** A benchmark: groups one after the other, each disposed of before the next is made. */

@@ -1,11 +1,11 @@
 /** The fused sparse-expert layer: the benchmark that everything here is about. */
 import type { Tensor } from '../../types/native';
-import { createFrame, ProgramBuilder, tensor, zeros } from '../kernels';
+import { tensor, zeros } from '../kernels';
 import { seededRandom } from '../model/random';
 import type { Case, Group, Setting } from './case';
+import { programRun, Recorder } from './recorded';
 import { rotatingRouting, uniformRouting } from './routing';
 import { expertOperations, type LayerShape } from './shapes';
-import { programRun } from './timing';
 import { randomLayers, type LayerWeights } from './weights';
 
 /** For each number of tokens, the widths side by side. */
@@ -46,50 +46,32 @@ export function uniformSteps(shape: LayerShape, tokens: number, layers: number, 
 /** A case whose calls are the layer under one routing after the other; index -1 is a pruned choice. */
 export function recordExperts(
   setting: Pick<Setting, 'shape' | 'activations' | 'seed'>,
-  weights: LayerWeights,
+  model: LayerWeights,
   tokens: number,
   steps: Int32Array[],
 ): Omit<Case, 'parameters'> & { dispose(): void } {
   const { shape, activations, seed } = setting;
   const { hidden, topK } = shape;
-  const b = new ProgramBuilder();
-  const x = b.register('x', hidden);
-  const out = b.register('out', hidden);
-  const routes = steps.map((indices, i) => {
-    const registers = {
-      weights: b.register('weights', topK),
-      indices: b.register(`indices ${i}`, topK, 'i32'),
-    };
-    const layer = weights.layers[i % weights.layers.length]!;
+  const r = new Recorder();
+  const x = r.bound('x', randomInput(tokens, hidden, seed));
+  const out = r.bound('out', zeros([tokens, hidden]));
+  const shares = tensor(new Float32Array(tokens * topK).fill(1 / topK), [tokens, topK]);
+  const weights = r.bound('weights', shares);
+  for (const [i, chosen] of steps.entries()) {
+    const layer = model.layers[i % model.layers.length]!;
     const [gate, up, down] = [layer.map((e) => e.gate), layer.map((e) => e.up), layer.map((e) => e.down)];
-    b.push({ op: 'experts', x, ...registers, out, gate, up, down, activation: 'silu' });
-    return { registers, indices };
-  });
-  const program = b.build();
-  const frame = createFrame(program);
-  const owned: Tensor[] = [];
-  const bind = (register: number, value: Tensor) => {
-    owned.push(value);
-    frame.bind(register, value);
-  };
-  bind(x, randomInput(tokens, hidden, seed));
-  bind(out, zeros([tokens, hidden]));
-  bind(routes[0]!.registers.weights, tensor(new Float32Array(tokens * topK).fill(1 / topK), [tokens, topK]));
-  for (const { registers, indices } of routes)
-    bind(registers.indices, tensor(indices, [tokens, topK], 'i32'));
-  frame.begin(null, [{ length: tokens }]);
+    const indices = r.bound(`indices ${i}`, tensor(chosen, [tokens, topK], 'i32'));
+    r.builder.push({ op: 'experts', x, weights, indices, out, gate, up, down, activation: 'silu' });
+  }
+  const { frame, program, dispose } = r.start([{ length: tokens }]);
   const calls = steps.length;
   const total = (count: (indices: Int32Array) => number) => steps.reduce((sum, s) => sum + count(s), 0);
   return {
-    bytes: (weights.expertBytes * total(distinctExperts)) / calls,
+    bytes: (model.expertBytes * total(distinctExperts)) / calls,
     operations: expertOperations(shape, total(chosenPairs)) / calls,
     arithmetic: activations,
     run: programRun(frame, program),
-    dispose: () => {
-      frame.dispose();
-      program.dispose();
-      owned.forEach((t) => t.dispose());
-    },
+    dispose,
   };
 }
 

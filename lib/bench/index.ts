@@ -4,15 +4,18 @@ import type { MachineLimits } from '../../types/native';
 import { EacMoeError } from '../errors';
 import { cpuInfo, measureLimits, setThreads, threads as poolThreads } from '../kernels';
 import { version } from '../version';
-import type { Arithmetic, Case, Setting } from './case';
+import type { Arithmetic, Case, Group, Setting } from './case';
 import { KERNELS } from './kernels';
+import { bundledSource, type LoadSource } from './loads';
+import { pesfSavings, type PesfSaving } from './pesf';
 import { parseShape, type LayerShape } from './shapes';
-import { measure, type Timing } from './timing';
-import { cycleBytes } from './weights';
+import { measure, stopIfAborted, type Timing } from './timing';
+import { defaultCycle } from './weights';
 
 export interface BenchOptions {
   /** Names or `H,I,E,K`. */
   shapes: string[];
+  /** Keys of KERNELS. */
   kernels: string[];
   tokens: number[];
   bits: number[];
@@ -22,6 +25,10 @@ export interface BenchOptions {
   /** To spend on each case; three samples are taken at least. */
   seconds: number;
   seed: number;
+  /** Bytes of weights to go through before the first come again; default: four last-level caches. */
+  cycleBytes?: number;
+  /** Of the expert loads of `pesf`; default: those of the repository. */
+  loads?: LoadSource;
   onProgress?: (progress: { fraction: number; message: string }) => void;
   signal?: AbortSignal;
 }
@@ -52,73 +59,76 @@ export interface BenchReport {
   version: string;
   cpu: string;
   isa: string;
-  settings: Omit<BenchOptions, 'onProgress' | 'signal' | 'shapes'> & {
-    shapes: LayerShape[];
-    /** Bytes of weights that are gone through before the first come again. */
-    cycleBytes: number;
-  };
-  /** One for each number of threads. */
+  shapes: LayerShape[];
+  settings: Pick<BenchOptions, 'groupSize' | 'activations' | 'seconds' | 'seed'> & { cycleBytes: number };
+  /** One for each number of threads, the better of a measurement before and one after. */
   limits: MachineLimits[];
   results: BenchResult[];
+  /** Of the kernel `pesf`: pruned against unpruned. */
+  pesf: PesfSaving[];
+}
+
+interface Timed {
+  kernel: string;
+  shape: string;
+  threads: number;
+  one: Case;
+  time: Timing;
 }
 
 /**
- * Runs benchmarks: measures the machine's limits for each number of threads, then times each kernel.
+ * Runs benchmarks: measures the machine's limits for each number of threads, then times each kernel, then the limits again.
  *
  * @throws EacMoeError INVALID_ARGUMENT naming the option; OUT_OF_MEMORY when a layer does not fit
  */
 export async function runBench(options: BenchOptions): Promise<BenchReport> {
-  const { onProgress, signal, ...settings } = options;
+  const { groupSize, activations, seconds, seed } = options;
   const shapes = options.shapes.map(parseShape);
   for (const kernel of options.kernels) requireKernel(kernel);
-  const before = poolThreads();
-  const counts = [...new Set(options.threads.map((n) => (n === 'all' ? before : n)))];
-  const cycle = cycleBytes(options.bits.length);
+  const all = poolThreads();
+  const counts = [...new Set(options.threads.map((n) => (n === 'all' ? all : n)))];
+  const cycle = options.cycleBytes ?? defaultCycle(options.bits.length);
   try {
-    const limits: MachineLimits[] = [];
-    for (const threads of counts) {
-      signal?.throwIfAborted();
-      onProgress?.({ fraction: 0, message: `limits of the machine, ${plural(threads, 'thread')}` });
-      limits.push(await measureLimits({ threads }));
-    }
-    const results: BenchResult[] = [];
+    const before = await limitsOf(counts, options);
+    const timed: Timed[] = [];
     const jobs = shapes.flatMap((shape) => options.kernels.map((kernel) => ({ shape, kernel })));
     for (const [i, { shape, kernel }] of jobs.entries()) {
-      const setting: Setting = { ...settings, shape, cycle };
-      const message = (what: string) =>
-        onProgress?.({ fraction: i / jobs.length, message: `${kernel}, ${shape.name}: ${what}` });
-      message('data');
+      const setting: Setting = { ...options, shape, cycle, loads: options.loads ?? bundledSource() };
+      const say = (what: string) =>
+        options.onProgress?.({ fraction: i / jobs.length, message: `${kernel}, ${shape.name}: ${what}` });
+      say('data');
       for await (const group of KERNELS[kernel]!.groups(setting)) {
-        try {
-          message(
-            Object.entries(group.cases[0]!.parameters)
-              .map((entry) => entry.join(' '))
-              .join(', '),
-          );
-          for (const machine of limits) {
-            setThreads(machine.threads);
-            const timings = await measure(group.cases, { seconds: options.seconds, signal });
-            results.push(
-              ...group.cases.map((c, j) => ({ kernel, shape: shape.name, ...rate(c, timings[j]!, machine) })),
-            );
-          }
-        } finally {
-          group.dispose();
-          setThreads(before);
+        say(parameterText(group.cases[0]!));
+        for (const { threads, one, time } of await timeGroup(group, counts, all, options)) {
+          timed.push({ kernel, shape: shape.name, threads, one, time });
         }
       }
     }
-    onProgress?.({ fraction: 1, message: 'done' });
+    const after = await limitsOf(counts, options);
+    options.onProgress?.({ fraction: 1, message: 'done' });
+    const limits = before.map((l, i) => betterOf(l, after[i]!));
+    const results = timed.map(({ kernel, shape, threads, one, time }) => ({
+      kernel,
+      shape,
+      threads,
+      ...rate(
+        one,
+        time,
+        limits.find((l) => l.threads === threads)!,
+      ),
+    }));
     return {
       version,
       cpu: cpus()[0]?.model.trim() ?? 'unknown',
       isa: cpuInfo().isa,
-      settings: { ...settings, shapes, cycleBytes: cycle },
+      shapes,
+      settings: { groupSize, activations, seconds, seed, cycleBytes: cycle },
       limits,
       results,
+      pesf: pesfSavings(results),
     };
   } finally {
-    setThreads(before);
+    setThreads(all);
   }
 }
 
@@ -131,16 +141,60 @@ export function requireKernel(name: string): void {
   );
 }
 
+async function limitsOf(counts: number[], { signal, onProgress }: BenchOptions): Promise<MachineLimits[]> {
+  const limits: MachineLimits[] = [];
+  for (const threads of counts) {
+    stopIfAborted(signal);
+    onProgress?.({ fraction: 0, message: `limits of the machine with ${plural(threads, 'thread')}` });
+    limits.push(await measureLimits({ threads }));
+  }
+  return limits;
+}
+
+/** What else the machine does can only lower a limit. */
+function betterOf(a: MachineLimits, b: MachineLimits): MachineLimits {
+  return {
+    ...a,
+    readBandwidth: Math.max(a.readBandwidth, b.readBandwidth),
+    fmaPeak: Math.max(a.fmaPeak, b.fmaPeak),
+    int8Peak: Math.max(a.int8Peak, b.int8Peak),
+  };
+}
+
+/** Times a group with each number of threads, and disposes of it; its data is made with `all`. */
+async function timeGroup(
+  group: Group,
+  counts: readonly number[],
+  all: number,
+  { seconds, signal }: BenchOptions,
+): Promise<Pick<Timed, 'threads' | 'one' | 'time'>[]> {
+  const timed = [];
+  try {
+    for (const threads of counts) {
+      setThreads(threads);
+      const times = await measure(group.cases, { seconds, signal });
+      timed.push(...group.cases.map((one, i) => ({ threads, one, time: times[i]! })));
+    }
+    return timed;
+  } finally {
+    group.dispose();
+    setThreads(all);
+  }
+}
+
 /** A case's rates, against the limits of the machine. */
-export function rate(c: Case, time: Timing, limits: MachineLimits): Omit<BenchResult, 'kernel' | 'shape'> {
+export function rate(
+  c: Case,
+  time: Timing,
+  limits: MachineLimits,
+): Omit<BenchResult, 'kernel' | 'shape' | 'threads'> {
   const { parameters, bytes, operations, arithmetic } = c;
-  const { int8Peak, fmaPeak, readBandwidth, threads } = limits;
+  const { int8Peak, fmaPeak, readBandwidth } = limits;
   const peak = { int8: int8Peak, float32: fmaPeak, float64: fmaPeak / 2 }[arithmetic];
   const bandwidth = bytes / time.median;
   const throughput = operations / time.median;
   const bound = Math.max(bytes / readBandwidth, operations / peak);
   return {
-    threads,
     parameters,
     time,
     bytes,
@@ -153,6 +207,12 @@ export function rate(c: Case, time: Timing, limits: MachineLimits): Omit<BenchRe
     bound,
     boundShare: bound / time.median,
   };
+}
+
+function parameterText({ parameters }: Case): string {
+  return Object.entries(parameters)
+    .map((entry) => entry.join(' '))
+    .join(', ');
 }
 
 export function plural(n: number, what: string): string {

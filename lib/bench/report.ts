@@ -1,5 +1,6 @@
 /** A benchmark's results for people: plain tables. */
 import type { MachineLimits } from '../../types/native';
+import type { PesfSaving } from './pesf';
 import { plural, type BenchReport, type BenchResult } from './index';
 
 /** 0.000123 -> '123 us' */
@@ -34,19 +35,32 @@ export function limitsTable(limits: readonly MachineLimits[]): string {
 
 /** Everything: the machine, its limits, and a table for each kernel and shape. */
 export function textReport(report: BenchReport): string {
-  const { cpu, isa, version, limits, settings, results } = report;
+  const { cpu, isa, version, limits, shapes, settings, results, pesf } = report;
   const parts = [`eac-moe ${version}, ${cpu}, ${isa}\n`, limitsTable(limits)];
   for (const rows of tables(results)) {
     const { kernel, shape: name } = rows[0]!;
-    const { hidden, width, experts, topK } = settings.shapes.find((s) => s.name === name)!;
+    const { hidden, width, experts, topK } = shapes.find((s) => s.name === name)!;
     const size = `hidden ${hidden}, expert width ${width}, ${plural(experts, 'expert')}, ${topK} a token`;
     parts.push(`${kernel}, ${name}: ${size}\n${resultTable(rows)}`);
   }
+  if (pesf.length > 0) parts.push(`PESF: time saved against work skipped\n${pesfTable(pesf)}`);
   const cycle = (settings.cycleBytes / 2 ** 20).toFixed(0);
   parts.push(
     `Median, minimum and 90th percentile of one call. Weights cycled: ${cycle} MiB or one layer.\nShares: of the read bandwidth and of the arithmetic peak measured above.\n`,
   );
   return parts.join('\n');
+}
+
+function pesfTable(savings: readonly PesfSaving[]): string {
+  const head = ['shape', 'threads', 'tokens', 'bits', 'alpha', 'pairs skipped', 'time saved', 'ratio'];
+  const cells = savings.map((s) => [
+    s.shape,
+    ...[s.threads, s.tokens, s.bits, s.alpha].map(String),
+    `${(100 * s.skipped).toFixed(1)} %`,
+    `${(100 * s.saved).toFixed(1)} %`,
+    s.ratio.toFixed(2),
+  ]);
+  return table([head, ...cells], 1);
 }
 
 /** Results of one kernel and shape, in the order in which they came. */

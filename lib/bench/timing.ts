@@ -1,5 +1,5 @@
 /** Timing of kernels: warmed up, interleaved, medians. */
-import type { Frame, Program } from '../../types/native';
+import { abortError } from '../native';
 import type { Case } from './case';
 
 /** Seconds a call. */
@@ -29,7 +29,7 @@ const MAX_SAMPLES = 200;
 export async function measure(cases: Case[], { seconds, signal }: TimingOptions): Promise<Timing[]> {
   const calls: number[] = [];
   for (const one of cases) {
-    signal?.throwIfAborted();
+    stopIfAborted(signal);
     await one.run(1);
     const once = await timed(one, 1);
     calls.push(Math.max(1, Math.ceil(SAMPLE_SECONDS / once)));
@@ -41,7 +41,7 @@ export async function measure(cases: Case[], { seconds, signal }: TimingOptions)
   while (cases.some((_, i) => wanted(i))) {
     for (const [i, one] of cases.entries()) {
       if (!wanted(i)) continue;
-      signal?.throwIfAborted();
+      stopIfAborted(signal);
       const elapsed = await timed(one, calls[i]!);
       samples[i]!.push(elapsed / calls[i]!);
       spent[i]! += elapsed;
@@ -64,19 +64,7 @@ export function summarize(samples: readonly number[]): Timing {
   return { median, min: sorted[0]!, p90: sorted[Math.ceil(0.9 * n) - 1]!, samples: n };
 }
 
-/**
- * `run` of a case whose calls are the operations of a recorded program, in turn: one crossing from JavaScript runs many.
- * `each`: operations that make one call.
- */
-export function programRun(frame: Frame, program: Program, each = 1): Case['run'] {
-  const { length } = program;
-  let next = 0;
-  return async (calls) => {
-    for (let left = calls * each; left > 0;) {
-      const to = Math.min(length, next + left);
-      await frame.run(next, to);
-      left -= to - next;
-      next = to === length ? 0 : to;
-    }
-  };
+/** @throws EacMoeError ABORTED */
+export function stopIfAborted(signal: AbortSignal | undefined): void {
+  if (signal?.aborted) throw abortError(signal);
 }

@@ -17,12 +17,14 @@ export interface LayerWeights {
 }
 
 const MIN_CYCLE = 2 ** 28;
+/** So many layers do for small shapes: more would cost handles, not memory. */
+const MAX_LAYERS = 64;
 
 /**
  * How many bytes of weights a memory-bound benchmark goes through before it comes back to the first: four times the last-level cache, and 256 MiB at
  * least; less where memory is short. `sets`: how many such sets exist at a time.
  */
-export function cycleBytes(sets: number): number {
+export function defaultCycle(sets: number): number {
   return Math.min(Math.max(MIN_CYCLE, 4 * lastLevelCache()), freemem() / (4 * sets));
 }
 
@@ -41,7 +43,7 @@ function lastLevelCache(): number {
 }
 
 /**
- * Layers of experts until `atLeast` bytes are reached; one at least.
+ * Layers of experts until `atLeast` bytes are reached; one at least, 64 at most.
  *
  * @throws EacMoeError OUT_OF_MEMORY when one layer does not fit into free memory
  */
@@ -78,7 +80,7 @@ export async function randomLayers(
       }
       layers.push(layer);
       bytes += expertBytes * experts;
-    } while (bytes < atLeast);
+    } while (bytes < atLeast && layers.length < MAX_LAYERS);
   } catch (error) {
     dispose();
     throw error;

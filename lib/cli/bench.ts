@@ -2,6 +2,7 @@
 import { InvalidArgumentError, Option, type Command } from 'commander';
 import { runBench, type BenchOptions, type BenchReport } from '../bench';
 import { KERNELS } from '../bench/kernels';
+import { bundledSource } from '../bench/loads';
 import { textReport } from '../bench/report';
 import { SHAPES } from '../bench/shapes';
 import {
@@ -13,6 +14,7 @@ import {
   positiveNumber,
   wholeNumber,
   type CommonOptions,
+  type Context,
 } from './command';
 
 interface Options extends CommonOptions {
@@ -24,6 +26,10 @@ interface Options extends CommonOptions {
   threads: BenchOptions['threads'];
   activations: BenchOptions['activations'];
   seconds: number;
+  cycle?: number;
+  pesf?: boolean;
+  model?: string;
+  text?: string[];
   seed: number;
 }
 
@@ -41,19 +47,31 @@ export function benchCommand(): Command {
     .addOption(listOption('--threads <list>', "numbers of threads, or 'all'", threads, [1, 'all']))
     .option('--activations <type>', 'int8 or float32', oneOf('int8', 'float32'), 'float32')
     .option('--seconds <s>', 'time for each case', positiveNumber, 1)
+    .option('--pesf', 'the same as --kernel pesf')
+    .option('--model <dir>', 'of the expert loads of pesf (default: the bundled model)')
+    .option('--text <file...>', 'texts that they are measured on (default: those of the repository)')
+    .option(
+      '--cycle <MiB>',
+      'weights to go through before the first come again (default: 4 last-level caches)',
+      positiveNumber,
+    )
     .option('--seed <n>', 'seed of weights and routing', wholeNumber, 0)
     .addHelpText('after', `\nKernels:\n${kernels.join('\n')}`)
     .action((options: Options) => perform(options, (context) => run(options, context), print));
+}
 
-  function run(o: Options, { signal, progress }: Parameters<Parameters<typeof perform>[1]>[0]) {
-    return runBench({
-      ...o,
-      shapes: o.shape ?? names,
-      kernels: o.kernel?.includes('all') ? Object.keys(KERNELS) : (o.kernel ?? ['experts']),
-      onProgress: ({ fraction, message }) => progress.update(fraction, message),
-      signal,
-    });
-  }
+function run(o: Options, { signal, progress }: Context): Promise<BenchReport> {
+  const asked = [...(o.kernel ?? []), ...(o.pesf ? ['pesf'] : [])];
+  const { model, texts } = bundledSource();
+  return runBench({
+    ...o,
+    shapes: o.shape ?? SHAPES.map(({ name }) => name),
+    kernels: asked.includes('all') ? Object.keys(KERNELS) : asked.length > 0 ? asked : ['experts'],
+    cycleBytes: o.cycle && o.cycle * 2 ** 20,
+    loads: { model: o.model ?? model, texts: o.text ?? texts },
+    onProgress: ({ fraction, message }) => progress.update(fraction, message),
+    signal,
+  });
 }
 
 function print(report: BenchReport): void {

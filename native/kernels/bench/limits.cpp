@@ -48,8 +48,8 @@ MachineLimits measure_limits(int threads, size_t buffer_bytes) {
   // Pages that nothing was written to are all the same page of zeros.
   parallel_for(chunks, [&](int64_t i) { std::memset(buffer.as<uint8_t>() + i * int64_t(chunk), int(i % 251) + 1, chunk); });
 
-  MachineLimits limits{.read_bandwidth = 0, .fma_peak = 0, .int8_peak = 0, .buffer_bytes = buffer.bytes(), .threads = threads,
-                       .isa = level.name};
+  MachineLimits limits{
+      .read_bandwidth = 0, .fma_peak = 0, .int8_peak = 0, .buffer_bytes = buffer.bytes(), .threads = threads, .isa = level.name};
   limits.read_bandwidth = best_rate(chunks, double(chunk), [&](int64_t i) {
     int32_t sink[2] = {};
     loops.read(buffer.as<uint8_t>() + i * int64_t(chunk), int64_t(chunk), sink);
