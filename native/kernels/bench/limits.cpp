@@ -12,10 +12,12 @@
 namespace eac {
 namespace {
 
-constexpr int passes = 7;
-constexpr int64_t steps = 1 << 13;         // of an arithmetic loop in one task: some 20 to 50 microseconds
-constexpr int64_t tasks_per_thread = 400;  // short tasks, so that a thread that starts late does not lengthen a pass
-constexpr size_t chunk = size_t(4) << 20;  // bytes read in one task
+// Passes take some ten milliseconds: of many short ones, some are not disturbed by what else runs.
+constexpr int passes = 40;
+constexpr double task_seconds = 50e-6;  // of arithmetic
+constexpr int64_t tasks_per_thread = 100;
+constexpr size_t chunk = size_t(4) << 20;       // bytes read in one task
+constexpr size_t pass_bytes = size_t(1) << 28;  // read in one pass; the next one reads the bytes that follow
 
 struct ThreadScope {
   int before = thread_count();
@@ -23,17 +25,31 @@ struct ThreadScope {
   ~ThreadScope() { set_thread_count(before); }
 };
 
-// The best rate of several passes over `tasks` tasks of `work` units each. The first pass is warm-up and does not count.
+template <class F> double seconds_of(F body) {
+  const auto begun = std::chrono::steady_clock::now();
+  body();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count();
+}
+
+// The best rate of several passes over `tasks` tasks of `work` units each: body(pass, task). The first pass is warm-up and does not count.
 template <class F> double best_rate(int64_t tasks, double work, F body) {
-  using Clock = std::chrono::steady_clock;
   double best = 0;
   for (int pass = 0; pass <= passes; pass++) {
-    const auto begun = Clock::now();
-    parallel_for(tasks, body);
-    const double seconds = std::chrono::duration<double>(Clock::now() - begun).count();
+    const double seconds = seconds_of([&] { parallel_for(tasks, [&](int64_t i) { body(pass, i); }); });
     if (pass > 0) best = std::max(best, double(tasks) * work / seconds);
   }
   return best;
+}
+
+// The peak of an arithmetic loop, in operations a second.
+template <class T> double peak(void (*loop)(int64_t, T*), int64_t operations) {
+  const auto task = [loop](int64_t steps) {
+    T sink[2] = {};
+    loop(steps, sink);
+  };
+  int64_t steps = 64;
+  while (seconds_of([&] { task(steps); }) < task_seconds) steps *= 2;
+  return best_rate(tasks_per_thread * thread_count(), double(steps * operations), [&](int, int64_t) { task(steps); });
 }
 
 }  // namespace
@@ -50,18 +66,13 @@ MachineLimits measure_limits(int threads, size_t buffer_bytes) {
 
   MachineLimits limits{
       .read_bandwidth = 0, .fma_peak = 0, .int8_peak = 0, .buffer_bytes = buffer.bytes(), .threads = threads, .isa = level.name};
-  limits.read_bandwidth = best_rate(chunks, double(chunk), [&](int64_t i) {
+  const int64_t pass_chunks = std::min<int64_t>(chunks, int64_t(pass_bytes / chunk));
+  limits.read_bandwidth = best_rate(pass_chunks, double(chunk), [&](int pass, int64_t i) {
     int32_t sink[2] = {};
-    loops.read(buffer.as<uint8_t>() + i * int64_t(chunk), int64_t(chunk), sink);
+    loops.read(buffer.as<uint8_t>() + (pass * pass_chunks + i) % chunks * int64_t(chunk), int64_t(chunk), sink);
   });
-  limits.fma_peak = best_rate(tasks_per_thread * threads, double(steps * loops.fma_operations), [&](int64_t) {
-    float sink[2] = {};
-    loops.fma(steps, sink);
-  });
-  limits.int8_peak = best_rate(tasks_per_thread * threads, double(steps * loops.int8_operations), [&](int64_t) {
-    int32_t sink[2] = {};
-    loops.int8(steps, sink);
-  });
+  limits.fma_peak = peak(loops.fma, loops.fma_operations);
+  limits.int8_peak = peak(loops.int8, loops.int8_operations);
   return limits;
 }
 

@@ -15,8 +15,14 @@ void fma_limit(int64_t steps, float* sink) {
   sink[1] = sum_lanes(sum[0]);
 }
 
-// Integer multiply-adds of 8-bit operands, in the form that this level's quantized products have. OPAQUE hides from the compiler that an
-// operand stays the same, or it would multiply once.
+// Integer multiply-adds of 8-bit operands, 3 * -2 each, in the form that this level's quantized products have. OPAQUE hides from the compiler
+// that an operand stays the same, or it would multiply once.
+template <class V> int32_t sum_lanes_i32(const V* v) {
+  int32_t lane[sizeof(V) / 4], sum = 0;
+  __builtin_memcpy(lane, v, sizeof(V));
+  for (const int32_t l : lane) sum += l;
+  return sum;
+}
 #define EAC_OPAQUE(v) asm("" : EAC_REGISTER(v))
 #if defined(__AVX512VNNI__)
 constexpr int64_t int8_sums = 12, int8_operations = int8_sums * 128;
@@ -29,7 +35,7 @@ void int8_limit(int64_t steps, int32_t* sink) {
     for (int i = 0; i < int8_sums; i++) sum[i] = _mm512_dpbusd_epi32(sum[i], u, w);
   }
   for (int i = 1; i < int8_sums; i++) sum[0] = _mm512_add_epi32(sum[0], sum[i]);
-  sink[1] = _mm_cvtsi128_si32(_mm512_castsi512_si128(sum[0]));
+  sink[1] = sum_lanes_i32(&sum[0]);
 }
 #elif defined(__AVX2__)
 #define EAC_REGISTER(v) "+x"(v)
@@ -55,7 +61,7 @@ void int8_limit(int64_t steps, int32_t* sink) {
     for (int i = 0; i < int8_sums; i++) sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(narrow[i], ones));
   }
   for (int i = 1; i < int8_sums; i++) sum[0] = _mm256_add_epi32(sum[0], sum[i]);
-  sink[1] = _mm256_cvtsi256_si32(sum[0]);
+  sink[1] = sum_lanes_i32(&sum[0]);
 }
 #elif defined(__ARM_FEATURE_DOTPROD)
 constexpr int64_t int8_sums = 12, int8_operations = int8_sums * 32;
@@ -68,7 +74,7 @@ void int8_limit(int64_t steps, int32_t* sink) {
     for (int i = 0; i < int8_sums; i++) sum[i] = vdotq_s32(sum[i], u, w);
   }
   for (int i = 1; i < int8_sums; i++) sum[0] = vaddq_s32(sum[0], sum[i]);
-  sink[1] = vgetq_lane_s32(sum[0], 0);
+  sink[1] = sum_lanes_i32(&sum[0]);
 }
 #elif defined(__SSE2__)
 #define EAC_REGISTER(v) "+x"(v)
@@ -87,20 +93,44 @@ void int8_limit(int64_t steps, int32_t* sink) {
     }
   }
   for (int i = 1; i < int8_sums; i++) sum[0] = _mm_add_epi32(sum[0], sum[i]);
-  sink[1] = _mm_cvtsi128_si32(sum[0]);
+  sink[1] = sum_lanes_i32(&sum[0]);
+}
+#elif defined(__aarch64__)
+#define EAC_REGISTER(v) "+w"(v)
+// Products in 16 bits, pairs of them summed in 32.
+constexpr int64_t int8_sums = 8, int8_operations = int8_sums * 16;
+void int8_limit(int64_t steps, int32_t* sink) {
+  int8x8_t u = vdup_n_s8(int8_t(sink[0] + 3));
+  const int8x8_t w = vdup_n_s8(int8_t(sink[0] - 2));
+  int32x4_t sum[int8_sums];
+  for (int i = 0; i < int8_sums; i++) sum[i] = vdupq_n_s32(i);
+  for (int64_t s = 0; s < steps; s++) {
+    EAC_UNROLL
+    for (int i = 0; i < int8_sums; i++) {
+      EAC_OPAQUE(u);
+      sum[i] = vpadalq_s16(sum[i], vmull_s8(u, w));
+    }
+  }
+  for (int i = 1; i < int8_sums; i++) sum[0] = vaddq_s32(sum[0], sum[i]);
+  sink[1] = sum_lanes_i32(&sum[0]);
 }
 #else
-// What the compiler makes of 16-bit operands, four lanes of 32-bit sums.
-constexpr int64_t int8_sums = 8, int8_operations = int8_sums * 2 * L;
+#define EAC_REGISTER(v) "+m"(v)
+// What the compiler makes of it.
+constexpr int64_t int8_sums = 4, int8_operations = int8_sums * 2 * L;
 void int8_limit(int64_t steps, int32_t* sink) {
   I u = I{} + (sink[0] + 3), sum[int8_sums];
+  const I w = I{} + (sink[0] - 2);
   for (int i = 0; i < int8_sums; i++) sum[i] = I{} + i;
   for (int64_t s = 0; s < steps; s++) {
     EAC_UNROLL
-    for (int i = 0; i < int8_sums; i++) sum[i] = sum[i] * u + u;
+    for (int i = 0; i < int8_sums; i++) {
+      EAC_OPAQUE(u);
+      sum[i] += u * w;
+    }
   }
   for (int i = 1; i < int8_sums; i++) sum[0] += sum[i];
-  sink[1] = sum[0][0];
+  sink[1] = sum_lanes_i32(&sum[0]);
 }
 #endif
 #undef EAC_OPAQUE
