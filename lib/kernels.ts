@@ -12,6 +12,7 @@ import type {
   Activations,
   DType,
   HessianFactor,
+  MachineLimits,
   Matrix,
   NumericArray,
   Program,
@@ -35,6 +36,7 @@ export type {
   GptqTensors,
   HessianFactor,
   KvCache,
+  MachineLimits,
   Matrix,
   NumericArray,
   Op,
@@ -76,6 +78,46 @@ export function tensor(data: NumericArray, shape: number[], dtype: DType = 'f32'
 /** A tensor of zeros. */
 export function zeros(shape: number[], dtype: DType = 'f32'): Tensor {
   return native().zeros(dtype, shape);
+}
+
+/**
+ * What this machine can do at best, in one to three seconds: read bandwidth (bytes/s), float32 and 8-bit arithmetic (operations/s, a multiply-add is
+ * two), with the instruction set in use. Each the best of several passes. The pool has `threads` threads meanwhile: run nothing beside it.
+ *
+ * @param options.threads 1 to 1024; default: those of the pool
+ * @param options.bufferBytes read from; default 1 GiB, or a quarter of the machine's memory where that is less
+ */
+export function measureLimits(
+  options: { threads?: number; bufferBytes?: number } = {},
+): Promise<MachineLimits> {
+  const { threads: count = threads(), bufferBytes = 0 } = options;
+  return native().measureLimits({ threads: count, bufferBytes });
+}
+
+/**
+ * Random weights for benchmarks, the same for the same seed on every machine. Quantized (columns in multiples of 32): uniform codes
+ * and zero points, scales that give unit inputs outputs of about unit size. Dense: uniform with variance 1 / columns.
+ */
+export function randomMatrix(
+  rows: number,
+  cols: number,
+  kind: GroupOptions,
+  seed: number,
+): Promise<QuantMatrix>;
+export function randomMatrix(
+  rows: number,
+  cols: number,
+  kind: { dtype: 'f32' | 'f16' | 'bf16' },
+  seed: number,
+): Promise<Tensor>;
+export function randomMatrix(
+  rows: number,
+  cols: number,
+  kind: GroupOptions | { dtype: 'f32' | 'f16' | 'bf16' },
+  seed: number,
+): Promise<Matrix> {
+  if ('dtype' in kind) return native().randomMatrix(rows, cols, kind, seed);
+  return native().randomMatrix(rows, cols, groups(kind), seed);
 }
 
 /** How weights are grouped and rounded. */

@@ -241,6 +241,20 @@ export interface Frame {
   dispose(): void;
 }
 
+/** What this machine can do at best (native/kernels/bench/limits.h). */
+export interface MachineLimits {
+  /** Bytes a second read from memory, four streams a thread. */
+  readBandwidth: number;
+  /** Float32 operations a second; a multiply-add is two. */
+  fmaPeak: number;
+  /** Operations a second on 8-bit operands, in the form that this instruction set's quantized products have. */
+  int8Peak: number;
+  /** Size of the buffer that was read. */
+  bufferBytes: number;
+  threads: number;
+  isa: string;
+}
+
 export interface NativeBinding {
   /** e.g. { version: '0.1.0', isa: 'avx512', isas: ['baseline', 'avx2', 'avx512'] } */
   info(): { version: string; isa: string; isas: string[] };
@@ -307,6 +321,22 @@ export interface NativeBinding {
   klDivergence(p: Tensor, q: Tensor): Promise<Float64Array>;
   /** The `count` largest rows of column `column` of x, not in `exclude`, by falling value (ties: the earlier row). */
   topRows(x: Tensor, column: number, count: number, exclude: Int32Array): Promise<Int32Array>;
+
+  /** `bufferBytes` 0: 1 GiB, or a quarter of the machine's memory where that is less. */
+  measureLimits(options: { threads: number; bufferBytes: number }, control?: Control): Promise<MachineLimits>;
+  /** Random weights [rows, cols], the same for the same seed everywhere. Quantized: cols a multiple of 32. */
+  randomMatrix(
+    rows: number,
+    cols: number,
+    kind: { bits: number; groupSize: number; symmetric: boolean },
+    seed: number,
+  ): Promise<QuantMatrix>;
+  randomMatrix(
+    rows: number,
+    cols: number,
+    kind: { dtype: 'f32' | 'f16' | 'bf16' },
+    seed: number,
+  ): Promise<Tensor>;
 
   createProgram(registers: RegisterSpec[], ops: Op[]): Program;
   createFrame(program: Program): Frame;

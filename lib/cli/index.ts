@@ -2,6 +2,7 @@
 /** The command line: exits 0 on success, 2 on wrong usage, 1 on failure, 130 when interrupted. */
 import { version } from '../index';
 import { EXIT, newProgram, report } from './command';
+import { benchCommand } from './bench';
 import { evalCommand } from './eval';
 import { generateCommand } from './generate';
 import { inspectCommand } from './inspect';
@@ -16,7 +17,13 @@ async function main(args: string[]): Promise<number> {
   const program = newProgram('eac-moe', 'compress Mixture-of-Experts language models and run them').version(
     version,
   );
-  for (const command of [inspectCommand(), quantizeCommand(), evalCommand(), generateCommand()]) {
+  for (const command of [
+    inspectCommand(),
+    quantizeCommand(),
+    evalCommand(),
+    generateCommand(),
+    benchCommand(),
+  ]) {
     program.addCommand(command);
   }
   try {

@@ -1,6 +1,8 @@
 // The level that every machine has: SSE2 on x86-64, NEON on aarch64, whatever the compiler makes of 16-byte vectors elsewhere.
 #if defined(__SSE2__)
 #include <emmintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 #include "kernels/cpu/isa.h"
 

@@ -69,6 +69,15 @@ template <class T> struct GemmKernels {
   void (*tile)(int64_t k, T alpha, const T* a, const T* b, bool accumulate, T* c, int64_t ldc, int64_t rows, int64_t cols);
 };
 
+// Loops at a limit of the machine: so many steps of so many operations (a multiply-add is two), and reading memory (a multiple of
+// 256 bytes). sink: two elements, the first 0, the second written, so that nothing is optimised away.
+struct LimitLoops {
+  int64_t fma_operations, int8_operations;  // per step
+  void (*fma)(int64_t steps, float* sink);
+  void (*int8)(int64_t steps, int32_t* sink);
+  void (*read)(const uint8_t* data, int64_t bytes, int32_t* sink);
+};
+
 struct Isa {
   const char* name;
   int lanes;  // f32 lanes of a vector
@@ -100,6 +109,8 @@ struct Isa {
   void (*axpy_f32)(float alpha, const float* x, float* y, int64_t n);  // y += alpha * x
   void (*scale_f32)(float alpha, float* x, int64_t n);
   float (*sum_squares)(const float* x, int64_t n);
+
+  LimitLoops limits;
 };
 
 const Isa& isa();

@@ -7,6 +7,7 @@
 #include "kernels/cpu/dot.inl"
 #include "kernels/cpu/elementwise.inl"
 #include "kernels/cpu/int8.inl"
+#include "kernels/cpu/limits.inl"
 
 }  // namespace
 
@@ -32,6 +33,7 @@ const Isa EAC_ISA_TABLE = {
     .axpy_f32 = axpy_f32,
     .scale_f32 = scale_f32,
     .sum_squares = sum_squares,
+    .limits = {fma_sums * 2 * L, int8_operations, fma_limit, int8_limit, read_limit},
 };
 
 }  // namespace eac

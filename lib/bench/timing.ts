@@ -1,0 +1,70 @@
+/** Timing of kernels: warmed up, interleaved, medians. */
+import { abortError } from '../native';
+import type { Case } from './case';
+
+/** Seconds a call. */
+export interface Timing {
+  median: number;
+  min: number;
+  /** 90 % of the samples took at most this. */
+  p90: number;
+  samples: number;
+}
+
+export interface TimingOptions {
+  /** Seconds to spend on each case. */
+  seconds: number;
+  signal?: AbortSignal;
+}
+
+/** A sample is at least so long, so that the call from JavaScript and the clock do not count. */
+const SAMPLE_SECONDS = 0.01;
+const MIN_SAMPLES = 3;
+const MAX_SAMPLES = 200;
+
+/**
+ * Times cases against each other: one sample of each in turn, so that what the machine does meanwhile hits all alike. The first
+ * call of each warms it up and does not count.
+ */
+export async function measure(cases: Case[], { seconds, signal }: TimingOptions): Promise<Timing[]> {
+  const calls: number[] = [];
+  for (const one of cases) {
+    stopIfAborted(signal);
+    await one.run(1);
+    const once = await timed(one, 1);
+    calls.push(Math.max(1, Math.ceil(SAMPLE_SECONDS / once)));
+  }
+  const samples: number[][] = cases.map(() => []);
+  const spent = cases.map(() => 0);
+  const wanted = (i: number) =>
+    samples[i]!.length < MIN_SAMPLES || (spent[i]! < seconds && samples[i]!.length < MAX_SAMPLES);
+  while (cases.some((_, i) => wanted(i))) {
+    for (const [i, one] of cases.entries()) {
+      if (!wanted(i)) continue;
+      stopIfAborted(signal);
+      const elapsed = await timed(one, calls[i]!);
+      samples[i]!.push(elapsed / calls[i]!);
+      spent[i]! += elapsed;
+    }
+  }
+  return samples.map(summarize);
+}
+
+async function timed(one: Case, calls: number): Promise<number> {
+  const begun = performance.now();
+  await one.run(calls);
+  return (performance.now() - begun) / 1000;
+}
+
+/** Median (the mean of the two in the middle), minimum and 90th percentile (nearest rank). */
+export function summarize(samples: readonly number[]): Timing {
+  const sorted = [...samples].sort((a, b) => a - b);
+  const n = sorted.length;
+  const median = (sorted[Math.floor((n - 1) / 2)]! + sorted[Math.floor(n / 2)]!) / 2;
+  return { median, min: sorted[0]!, p90: sorted[Math.ceil(0.9 * n) - 1]!, samples: n };
+}
+
+/** @throws EacMoeError ABORTED */
+export function stopIfAborted(signal: AbortSignal | undefined): void {
+  if (signal?.aborted) throw abortError(signal);
+}

@@ -1,0 +1,63 @@
+// What benchmarks need: the machine's limits, and random weights.
+#include "kernels/bench/limits.h"
+
+#include "addon/handles.h"
+#include "kernels/bench/random_matrix.h"
+
+namespace eac::addon {
+namespace {
+
+using Info = const Napi::CallbackInfo&;
+
+Napi::Value js_measure_limits(Info info) {
+  const Napi::Object o = info[0].As<Napi::Object>();
+  const double threads = number_from(o, "threads"), buffer = number_from(o, "bufferBytes");
+  if (!(threads >= 1 && threads <= 1024)) throw_invalid("threads must be between 1 and 1024");
+  if (!(buffer >= 0 && buffer <= 0x1p40)) throw_invalid("bufferBytes must be between 0 (default) and 1 TiB");
+  return Job<MachineLimits>::start(
+      info.Env(), info[1],
+      [threads, buffer] { return measure_limits(int(threads), buffer > 0 ? size_t(buffer) : default_limit_buffer()); },
+      [](Napi::Env env, MachineLimits& m) -> Napi::Value {
+        Napi::Object result = Napi::Object::New(env);
+        result["readBandwidth"] = m.read_bandwidth;
+        result["fmaPeak"] = m.fma_peak;
+        result["int8Peak"] = m.int8_peak;
+        result["bufferBytes"] = double(m.buffer_bytes);
+        result["threads"] = m.threads;
+        result["isa"] = m.isa;
+        return result;
+      });
+}
+
+Napi::Value js_random_matrix(Info info) {
+  const double rows = info[0].ToNumber(), cols = info[1].ToNumber(), seed = info[3].ToNumber();
+  if (!(rows >= 1 && cols >= 1 && rows * cols <= 0x1p40)) throw_invalid("expected positive sizes for rows and cols");
+  if (!(seed >= 0 && seed <= 0x1p53)) throw_invalid("expected a whole number for seed");
+  const Napi::Object o = info[2].As<Napi::Object>();
+  if (o.Has("dtype")) {
+    const DType dtype = dtype_from(o.Get("dtype"));
+    return Job<Tensor>::start(
+        info.Env(), info[4], [=] { return random_matrix(int64_t(rows), int64_t(cols), dtype, uint64_t(seed)); },
+        [](Napi::Env env, Tensor& t) { return wrap_tensor(env, std::move(t)); });
+  }
+  const int bits = int(number_from(o, "bits"));
+  const int64_t group_size = int64_t(number_from(o, "groupSize"));
+  const bool symmetric = bool_from(o, "symmetric");
+  return Job<QuantMatrix>::start(
+      info.Env(), info[4],
+      [=] { return random_quant_matrix(int64_t(rows), int64_t(cols), bits, group_size, symmetric, uint64_t(seed)); },
+      [](Napi::Env env, QuantMatrix& q) { return QuantMatrixHandle::wrap(env, std::make_shared<QuantMatrix>(std::move(q))); });
+}
+
+template <Napi::Value (*f)(Info)> Napi::Value exported(Info info) {
+  return guarded(info.Env(), [&] { return f(info); });
+}
+
+}  // namespace
+
+void define_bench(Napi::Env env, Napi::Object exports) {
+  exports["measureLimits"] = Napi::Function::New(env, exported<js_measure_limits>, "measureLimits");
+  exports["randomMatrix"] = Napi::Function::New(env, exported<js_random_matrix>, "randomMatrix");
+}
+
+}  // namespace eac::addon
