@@ -14,8 +14,8 @@
 #define EAC_TOKEN_TILE 3
 #define EAC_INT8_PANELS 1
 #define EAC_INT8_TOKENS 6
-#define EAC_INT8_PANELS_ONE 2
-#define EAC_INT8_PREFETCH 1024
+#define EAC_INT8_PANELS_ONE 4
+#define EAC_INT8_PREFETCH 2048
 
 namespace eac {
 namespace {

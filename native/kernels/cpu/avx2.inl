@@ -14,6 +14,10 @@ EAC_INLINE void store_int8(int8_t* p, I v) {
   const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
   _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(words, words));
 }
+EAC_INLINE void store_fours(float* p, int64_t stride, F v) {
+  _mm_storeu_ps(p, _mm256_castps256_ps128((__m256)v));
+  _mm_storeu_ps(p + stride, _mm256_extractf128_ps((__m256)v, 1));
+}
 // The upper halves of v are 0, so what lies above bit 15 of s adds nothing.
 EAC_INLINE I times_int16(I v, int32_t s) { return (I)_mm256_madd_epi16((__m256i)v, _mm256_set1_epi32(s)); }
 

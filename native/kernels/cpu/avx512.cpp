@@ -20,7 +20,7 @@
 #define EAC_INT8_PANELS 4
 #define EAC_INT8_TOKENS 6
 #define EAC_INT8_PANELS_ONE 4
-#define EAC_INT8_PREFETCH 1024
+#define EAC_INT8_PREFETCH 2048
 
 namespace eac {
 namespace {

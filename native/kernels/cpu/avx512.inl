@@ -14,6 +14,12 @@ EAC_INLINE F4 fold_to_4(F v) {
 // L bytes, one a lane.
 EAC_INLINE I byte_lanes(const uint8_t* p) { return (I)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 EAC_INLINE void store_int8(int8_t* p, I v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v)); }
+EAC_INLINE void store_fours(float* p, int64_t stride, F v) {
+  _mm_storeu_ps(p, _mm512_castps512_ps128((__m512)v));
+  _mm_storeu_ps(p + stride, _mm512_extractf32x4_ps((__m512)v, 1));
+  _mm_storeu_ps(p + 2 * stride, _mm512_extractf32x4_ps((__m512)v, 2));
+  _mm_storeu_ps(p + 3 * stride, _mm512_extractf32x4_ps((__m512)v, 3));
+}
 EAC_INLINE I times_int16(I v, int32_t s) { return (I)_mm512_madd_epi16((__m512i)v, _mm512_set1_epi32(s)); }
 
 // VNNI: four products and their sum go into 32 bits at once.

@@ -9,7 +9,8 @@
 //             and stay in L1 while the tokens pass.
 // LIMITS      |q| <= 127, codes <= 15: a block of 128 sums to less than 2^18. Where the instruction adds pairs in 16 bits, a step adds at
 //             most 2 * 127 * code: `narrow_units` units of 8 steps stay below 2^15 (4 bit: 1, 30480; 3 bit: 2, 28448; 2 bit: 4, 24384).
-// The primitives' file defines: Narrow (accumulator of the multiply-adds), narrow_units<bits>, multiply_add, widen, times_int16, store_int8.
+// The primitives' file defines: Narrow (accumulator of the multiply-adds), narrow_units<bits>, multiply_add, widen, times_int16, store_int8,
+// store_fours (lanes 4 i .. 4 i + 3 to p + i * stride).
 
 constexpr int vectors = 16 / L;         // of a panel's step
 constexpr int64_t chunk_units = 8;      // unpacked at a time: 256 channels
@@ -221,34 +222,24 @@ void quantize_int8(const float* x, int64_t n, int64_t block, int8_t* q, float* s
 template <int bits> void dequantize_bits(const QuantPanels& w, int64_t panel, int64_t k0, int64_t n, float* out, int64_t ldout) {
   const uint8_t* unit = w.codes + panel * w.panel_bytes + k0 / 32 * (bits * 64);
   alignas(64) uint8_t codes[unpacked_unit];
-  float scale[16], offset[16];
+  alignas(64) float scale[64], offset[64];  // four times each, as the codes of a step lie
   int64_t group = -1;
   for (int64_t c = 0; c < n; c += 32, unit += bits * 64) {
     if ((k0 + c) / w.group_size != group) {
       group = (k0 + c) / w.group_size;
       const int64_t params = (panel * w.groups + group) * 16;
-      for (int r = 0; r < 16; r++) {
-        scale[r] = f16_scalar(w.scales[params + r]);
-        offset[r] = -scale[r] * float(w.zeros[params + r]);
+      for (int i = 0; i < 64; i++) {
+        scale[i] = f16_scalar(w.scales[params + i / 4]);
+        offset[i] = -scale[i] * float(w.zeros[params + i / 4]);
       }
     }
     unpack_units<bits>(unit, 1, codes);
-    // L lanes hold 4 channels of L / 4 rows.
-    for (int64_t r = 0; r < 16; r += L / 4) {
-      F s, o;
+    for (int i = 0; i < 64; i += L) {  // the codes of L / 4 rows
+      const F s = load<F>(scale + i), o = load<F>(offset + i);
+      float* rows = out + i / 4 * ldout + c;
       EAC_UNROLL
-      for (int l = 0; l < L; l++) s[l] = scale[r + l / 4], o[l] = offset[r + l / 4];
-      EAC_UNROLL
-      for (int step = 0; step < 8; step++) {
-        const F v = __builtin_convertvector(byte_lanes(codes + step * 64 + r * 4), F) * s + o;
-        EAC_UNROLL
-        for (int i = 0; i < L / 4; i++) {
-          F4 row;
-          EAC_UNROLL
-          for (int l = 0; l < 4; l++) row[l] = v[4 * i + l];
-          store(out + (r + i) * ldout + c + step * 4, row);
-        }
-      }
+      for (int step = 0; step < 8; step++)
+        store_fours(rows + step * 4, ldout, __builtin_convertvector(byte_lanes(codes + step * 64 + i), F) * s + o);
     }
   }
 }

@@ -48,6 +48,7 @@ EAC_INLINE I byte_lanes(const uint8_t* p) {
 EAC_INLINE void store_int8(int8_t* p, I v) {
   for (int l = 0; l < L; l++) p[l] = int8_t(v[l]);
 }
+EAC_INLINE void store_fours(float* p, int64_t, F v) { store(p, v); }
 EAC_INLINE I times_int16(I v, int32_t s) { return v * s; }
 
 // Sums of four products in 32 bits.
