@@ -47,6 +47,7 @@
       ],
       'conditions': [
         ['target_arch=="x64"', {'dependencies': ['eac_moe_avx2', 'eac_moe_avx512']}],
+        ['target_arch=="arm64"', {'dependencies': ['eac_moe_dotprod', 'eac_moe_i8mm']}],
         ['OS=="linux"', {
           'ldflags': [
             '-pthread',
@@ -84,6 +85,24 @@
           },
           'cflags_cc': ['<@(isa)'],
           'xcode_settings': {'OTHER_CPLUSPLUSFLAGS': ['<@(isa)']},
+        },
+      ],
+    }],
+    ['target_arch=="arm64"', {
+      'targets': [
+        {
+          'target_name': 'eac_moe_dotprod',
+          'type': 'static_library',
+          'sources': ['<!@(node scripts/sources.js dotprod)'],
+          'cflags_cc': ['-march=armv8.2-a+dotprod'],
+          'xcode_settings': {'OTHER_CPLUSPLUSFLAGS': ['-march=armv8.2-a+dotprod']},
+        },
+        {
+          'target_name': 'eac_moe_i8mm',
+          'type': 'static_library',
+          'sources': ['<!@(node scripts/sources.js i8mm)'],
+          'cflags_cc': ['-march=armv8.2-a+dotprod+i8mm'],
+          'xcode_settings': {'OTHER_CPLUSPLUSFLAGS': ['-march=armv8.2-a+dotprod+i8mm']},
         },
       ],
     }],

@@ -3,8 +3,9 @@
  *
  *   node scripts/sources.js <set>...     prints paths relative to the repository root
  *
- * Sets: `core` (everything below native/ but the rest), `addon` (the Node-API glue), `avx2` and `avx512` (files of
- * native/kernels/cpu whose name starts so: they need compiler flags of their own). CUDA sources are a library of their own.
+ * Sets: `core` (everything below native/ but the rest), `addon` (the Node-API glue), and one per instruction set that needs
+ * compiler flags of its own, `avx2` and `avx512` (x86-64), `dotprod` and `i8mm` (aarch64): the files of native/kernels/cpu
+ * whose name starts so. CUDA sources are a library of their own.
  */
 'use strict';
 const { readdirSync } = require('node:fs');
@@ -14,7 +15,7 @@ const root = path.dirname(__dirname);
 
 function setOf(file) {
   if (file.startsWith('native/addon/')) return 'addon';
-  return /^native\/kernels\/cpu\/(avx2|avx512)/.exec(file)?.[1] ?? 'core';
+  return /^native\/kernels\/cpu\/(avx2|avx512|dotprod|i8mm)/.exec(file)?.[1] ?? 'core';
 }
 
 function sources(sets) {

@@ -15,7 +15,7 @@ Napi::Value info_object(Info info) {
   Napi::Object o = Napi::Object::New(info.Env());
   o["version"] = EAC_MOE_VERSION;
   o["isa"] = isa().name;
-  const Isa* levels[8];
+  const Isa* levels[max_isas];
   const int n = available_isas(levels);
   Napi::Array names = Napi::Array::New(info.Env());
   for (int i = 0; i < n; i++) names.Set(uint32_t(i), levels[i]->name);

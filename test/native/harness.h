@@ -1,17 +1,21 @@
 // What the native test programs share: named tests, failures counted, random data.
+// EAC_MOE_TEST_SMALL=1 leaves out what takes long on an emulated processor.
 #pragma once
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <functional>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "core/tensor.h"
+#include "kernels/cpu/isa.h"
 
 namespace eac::test {
 
 inline int failures = 0;
+inline const bool small = std::getenv("EAC_MOE_TEST_SMALL") != nullptr;
 
 inline void check(bool ok, const std::string& what) {
   if (ok) return;
@@ -25,6 +29,16 @@ inline void run(const char* name, const std::function<void()>& test) {
     test();
   } catch (const std::exception& e) { check(false, std::string(name) + " threw: " + e.what()); }
   if (failures == before) std::printf("ok %s\n", name);
+}
+
+// The test on every instruction set that this machine has.
+inline void run_on_isas(const char* name, const std::function<void()>& test) {
+  const Isa &before = isa(), *levels[max_isas];
+  for (int i = 0, n = available_isas(levels); i < n; i++) {
+    set_isa(levels[i]->name);
+    run((std::string(levels[i]->name) + ": " + name).c_str(), test);
+  }
+  set_isa(before.name);
 }
 
 // The code of the error that f throws, or nothing.

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <string>
@@ -222,6 +223,7 @@ void test_linear() {
   const int64_t shapes[][2] = {{1, 1},    {3, 31},  {4, 32},    {5, 33},  {33, 64},
                                {37, 100}, {8, 160}, {35, 1600}, {9, 2080}};  // out, in
   for (const auto& s : shapes) {
+    if (s[1] == 1600 && std::getenv("EAC_MOE_TEST_SMALL")) continue;
     std::vector<Matrix> weights;
     for (DType t : {DType::f32, DType::f16, DType::bf16}) weights.push_back(random_tensor(t, s[0], s[1]));
     for (int bits : {2, 3, 4})
@@ -254,7 +256,11 @@ void int8_case(const QuantMatrix& w, int64_t n, const Tensor* bias, float beta) 
   linear_int8(x.f32(), ldx, n, w, bias, beta, y.f32(), ldy);
   const std::string name =
       "int8 " + std::to_string(n) + "x" + std::to_string(w.rows) + "x" + std::to_string(w.cols) + " " + describe(w);
+#if defined(__x86_64__)
   const bool fused = std::strcmp(isa().name, "baseline") != 0;
+#else
+  const bool fused = true;
+#endif
   expect_close(name, values(want), values(y), fused ? 0 : 0.1);  // without one, a tie may round the other way: one step of q
   for (int64_t t = 0; t < n; t++) linear_int8(x.f32() + t * ldx, ldx, 1, w, bias, beta, single.f32() + t * ldy, ldy);
   check(std::memcmp(y.data, single.data, y.bytes()) == 0, name, "single tokens differ from all together");
@@ -405,7 +411,7 @@ int main() {
                         {"int8_not_finite", test_int8_not_finite},
                         {"exp", test_exp},
                         {"helpers", test_helpers}};
-  const Isa* levels[3];
+  const Isa* levels[max_isas];
   const int count = available_isas(levels);
   for (int l = 0; l < count; l++) {
     set_isa(levels[l]->name);

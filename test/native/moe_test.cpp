@@ -150,6 +150,7 @@ void dispatch_matches_reference() {
         for (const Activations inputs : {Activations::f32, Activations::int8})
           for (const int64_t n : {1, 3, 33, 130}) {
             if (activation != Activation::silu && n != 3) continue;
+            if (small && n == 130) continue;
             const int64_t d = 96, f = 160, k = 3, experts = 7;
             const Experts e = random_experts(experts, d, f, bits, activation, shared);
             const Tensor x = random_matrix(n, d, 5), w = random_matrix(n, k, 6);
@@ -236,14 +237,9 @@ int main() {
   run("ties go to the smaller index", ties_go_to_the_smaller_index);
   run("the sparse mixer matches a worked example", sparse_mixer_selection);
   run("counts and masks, per sequence", counting_and_masks);
-  const Isa* levels[8];
-  const int count = available_isas(levels);
-  for (int i = 0; i < count; i++) {
-    set_isa(levels[i]->name);
-    run("dispatch matches its oracle", dispatch_matches_reference);
-    run("neither threads nor the batch change anything", dispatch_is_regular);
-    run("experts of one layer may differ", mixed_experts);
-  }
+  run_on_isas("dispatch matches its oracle", dispatch_matches_reference);
+  run_on_isas("neither threads nor the batch change anything", dispatch_is_regular);
+  run_on_isas("experts of one layer may differ", mixed_experts);
   run("an expert that does not exist is refused", unknown_experts_are_refused);
   return failures ? 1 : 0;
 }

@@ -174,11 +174,11 @@ void losses() {
 int main() {
   for (int threads : {1, 3}) {
     set_thread_count(threads);
-    run("norms", norms);
-    run("rotary embedding", rotary);
-    run("attention, whole and in pieces", attention_matches_oracle);
+    run_on_isas("norms", norms);
+    run_on_isas("rotary embedding", rotary);
+    run_on_isas("attention, whole and in pieces", attention_matches_oracle);
     run("sampling", sampling);
-    run("losses", losses);
+    run_on_isas("losses", losses);
   }
   return failures ? 1 : 0;
 }

@@ -297,6 +297,7 @@ void gptq_matches_oracle() {
       {20, 300, 1024, 4, false, false, false}, {20, 100, 4096, 4, false, false, true}, {1, 33, 32, 3, false, false, false},
       {5, 1, 128, 4, false, false, true}};
   for (const Case& c : cases) {
+    if (small && c.cols >= 500) continue;
     const std::string name = std::to_string(c.rows) + "x" + std::to_string(c.cols) + " g" + std::to_string(c.group) + " b" +
                              std::to_string(c.bits) + (c.act_order ? " act-order" : "");
     const QuantOptions o{c.bits, c.group, c.symmetric, c.clip};

@@ -22,9 +22,10 @@ EAC_INLINE void store_fours(float* p, int64_t stride, F v) {
 EAC_INLINE I times_int16(I v, int32_t s) { return (I)_mm256_madd_epi16((__m256i)v, _mm256_set1_epi32(s)); }
 
 // Sums of two products in 16 bits, widened to sums of four in 32.
+typedef int32_t Quads;
 typedef __m256i Narrow;
 template <int bits> constexpr int64_t narrow_units = bits == 4 ? 1 : bits == 3 ? 2 : 4;
-EAC_INLINE Narrow multiply_add(Narrow sum, U w, int32_t x) {
+EAC_INLINE Narrow multiply_add(Narrow sum, U w, Quads x, int) {
   sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32(x)));
   __asm__("" : "+x"(sum));  // GCC would collect the products of all steps and add them as a tree, and run out of registers
   return sum;

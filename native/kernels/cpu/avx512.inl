@@ -23,9 +23,10 @@ EAC_INLINE void store_fours(float* p, int64_t stride, F v) {
 EAC_INLINE I times_int16(I v, int32_t s) { return (I)_mm512_madd_epi16((__m512i)v, _mm512_set1_epi32(s)); }
 
 // VNNI: four products and their sum go into 32 bits at once.
+typedef int32_t Quads;
 typedef I Narrow;
 template <int bits> constexpr int64_t narrow_units = 4;
-EAC_INLINE Narrow multiply_add(Narrow sum, U w, int32_t x) {
+EAC_INLINE Narrow multiply_add(Narrow sum, U w, Quads x, int) {
   return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(x));
 }
 EAC_INLINE I widen(I sum, Narrow n) { return sum + n; }

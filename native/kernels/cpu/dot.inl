@@ -70,6 +70,8 @@ void dot_panel(const DotPanel& p) {
 #endif
 #if EAC_TOKEN_TILE > 4
       case 5: dot_rows<5>(p, t, acc); break;
+#endif
+#if EAC_TOKEN_TILE > 5
       case 6: dot_rows<6>(p, t, acc); break;
 #endif
     }

@@ -42,6 +42,14 @@ EAC_INLINE void transpose_4x4(const float* in, int64_t stride, float* out, int64
   _mm_storeu_ps(out + width, b);
   _mm_storeu_ps(out + 2 * width, c);
   _mm_storeu_ps(out + 3 * width, d);
+#elif defined(__aarch64__)
+  const F a = load<F>(in), b = load<F>(in + stride), c = load<F>(in + 2 * stride), d = load<F>(in + 3 * stride);
+  const float64x2_t ab_02 = (float64x2_t)vtrn1q_f32(a, b), ab_13 = (float64x2_t)vtrn2q_f32(a, b);
+  const float64x2_t cd_02 = (float64x2_t)vtrn1q_f32(c, d), cd_13 = (float64x2_t)vtrn2q_f32(c, d);
+  store(out, (F)vtrn1q_f64(ab_02, cd_02));
+  store(out + width, (F)vtrn1q_f64(ab_13, cd_13));
+  store(out + 2 * width, (F)vtrn2q_f64(ab_02, cd_02));
+  store(out + 3 * width, (F)vtrn2q_f64(ab_13, cd_13));
 #else
   for (int p = 0; p < 4; p++)
     for (int i = 0; i < 4; i++) out[p * width + i] = in[i * stride + p];
@@ -113,9 +121,18 @@ void tile(int64_t k, T alpha, const T* a, const T* b, bool accumulate, T* c, int
     V bv[nv];
     EAC_UNROLL
     for (int j = 0; j < nv; j++) bv[j] = load<V>(b + j * lanes);
+#if defined(__aarch64__)  // a multiply-add takes one lane of A's vector: mr / lanes loads instead of mr
+    V av[mr / lanes];
+    EAC_UNROLL
+    for (int i = 0; i < mr / lanes; i++) av[i] = load<V>(a + i * lanes);
+    EAC_UNROLL
+    for (int i = 0; i < mr; i++) EAC_UNROLL
+    for (int j = 0; j < nv; j++) acc[i][j] = av[i / lanes][i % lanes] * bv[j] + acc[i][j];
+#else
     EAC_UNROLL
     for (int i = 0; i < mr; i++) EAC_UNROLL
     for (int j = 0; j < nv; j++) acc[i][j] = a[i] * bv[j] + acc[i][j];
+#endif
   }
   // An edge tile goes through a copy, so that its last operation is the same as everywhere.
   T edge[mr * nr];

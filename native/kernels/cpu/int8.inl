@@ -9,10 +9,11 @@
 //             and stay in L1 while the tokens pass.
 // LIMITS      |q| <= 127, codes <= 15: a block of 128 sums to less than 2^18. Where the instruction adds pairs in 16 bits, a step adds at
 //             most 2 * 127 * code: `narrow_units` units of 8 steps stay below 2^15 (4 bit: 1, 30480; 3 bit: 2, 28448; 2 bit: 4, 24384).
-// The primitives' file defines: Narrow (accumulator of the multiply-adds), narrow_units<bits>, multiply_add, widen, times_int16, store_int8,
-// store_fours (lanes 4 i .. 4 i + 3 to p + i * stride).
+// The primitives' file defines: Quads (activations loaded at once: four channels of one or more steps), Narrow (accumulator of the
+// multiply-adds), narrow_units<bits>, multiply_add, widen, times_int16, store_int8, store_fours (lanes 4 i .. to p + i * stride).
 
 constexpr int vectors = 16 / L;         // of a panel's step
+constexpr int quads = sizeof(Quads) / 4;
 constexpr int64_t chunk_units = 8;      // unpacked at a time: 256 channels
 constexpr int64_t unpacked_unit = 512;  // bytes
 
@@ -28,12 +29,6 @@ template <int bits> EAC_INLINE U step_codes(const uint8_t* unit, int step, int v
   if constexpr (bits == 2) return c;
   const U high = load<U>(p + 128);
   return c | ((step < 2 ? high << (2 - step) : high >> (step - 2)) & 0x04040404u);
-}
-
-EAC_INLINE int32_t four_bytes(const int8_t* p) {
-  int32_t v;
-  __builtin_memcpy(&v, p, 4);
-  return v;
 }
 
 // P panels times T tokens over the activation blocks [begin, end). `codes`: the panels' units from block `begin` on, `panel_stride`
@@ -78,17 +73,17 @@ template <int bits, int limit, int P, int T> EAC_INLINE void int8_tile(const Int
           for (int p = 0; p < P; p++) EAC_UNROLL
           for (int line = 0; line < bits; line++) __builtin_prefetch(codes + p * panel_stride + line * 64 + EAC_INT8_PREFETCH);
         }
+        Quads four[T];
         EAC_UNROLL
         for (int s = 0; s < 8; s++) {
-          int32_t four[T];
-          EAC_UNROLL
-          for (int t = 0; t < T; t++) four[t] = four_bytes(x[t] + s * 4);
+          if (s % quads == 0) EAC_UNROLL
+            for (int t = 0; t < T; t++) four[t] = load<Quads>(x[t] + s * 4);
           EAC_UNROLL
           for (int p = 0; p < P; p++) EAC_UNROLL
           for (int v = 0; v < vectors; v++) {
             const U w = step_codes<bits>(codes + p * panel_stride, s, v);
             EAC_UNROLL
-            for (int t = 0; t < T; t++) narrow[p][v][t] = multiply_add(narrow[p][v][t], w, four[t]);
+            for (int t = 0; t < T; t++) narrow[p][v][t] = multiply_add(narrow[p][v][t], w, four[t], s % quads);
           }
         }
         EAC_UNROLL

@@ -2,7 +2,9 @@
 //
 // LIMITS  Plain pointers only: the per-instruction-set files must not instantiate code that the linker could share
 //         with the rest of the program (an inline function compiled for AVX2 must never reach the baseline).
-//         EAC_MOE_ISA = baseline | avx2 | avx512 caps the choice; a level that the machine lacks falls to the best below it.
+//         Levels, weakest first: on x86-64 baseline (SSE2), avx2, avx512; on aarch64 baseline (NEON), dotprod, i8mm; elsewhere
+//         baseline. EAC_MOE_ISA caps the choice: a level that the machine lacks falls to the best below it; a name that is none of
+//         this architecture's levels caps nothing.
 #pragma once
 #include <cstdint>
 
@@ -116,7 +118,10 @@ struct Isa {
 const Isa& isa();
 // For tests and benchmarks: chooses a level by name for the whole process; false if this machine lacks it.
 bool set_isa(const char* name);
-// The levels of this machine, weakest first; returns how many (at most 3).
+constexpr int max_isas = 3;
+// The levels of this machine, weakest first; returns how many (at most max_isas).
 int available_isas(const Isa** out);
+// The level that EAC_MOE_ISA = cap chooses on this machine; null: no cap.
+const Isa& strongest_isa(const char* cap);
 
 }  // namespace eac

@@ -52,9 +52,10 @@ EAC_INLINE void store_fours(float* p, int64_t, F v) { store(p, v); }
 EAC_INLINE I times_int16(I v, int32_t s) { return v * s; }
 
 // Sums of four products in 32 bits.
+typedef int32_t Quads;
 typedef I Narrow;
 template <int bits> constexpr int64_t narrow_units = 4;
-EAC_INLINE Narrow multiply_add(Narrow sum, U w, int32_t x) {
+EAC_INLINE Narrow multiply_add(Narrow sum, U w, Quads x, int) {
 #if defined(__SSE2__)
   const __m128i zero = _mm_setzero_si128(), bytes = _mm_set1_epi32(x);
   const __m128i x16 = _mm_srai_epi16(_mm_unpacklo_epi8(bytes, bytes), 8);

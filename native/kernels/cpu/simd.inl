@@ -50,6 +50,11 @@ EAC_INLINE F4 sum_lanes_4(F a, F b, F c, F d) {
   const F4 pq = (F4)_mm_movelh_ps((__m128)p, (__m128)q) + (F4)_mm_movehl_ps((__m128)q, (__m128)p);
   const F4 rs = (F4)_mm_movelh_ps((__m128)r, (__m128)s) + (F4)_mm_movehl_ps((__m128)s, (__m128)r);
   return (F4)_mm_shuffle_ps((__m128)pq, (__m128)rs, 0x88) + (F4)_mm_shuffle_ps((__m128)pq, (__m128)rs, 0xdd);
+#elif defined(__aarch64__)
+  const float64x2_t p = (float64x2_t)fold_to_4(a), q = (float64x2_t)fold_to_4(b);
+  const float64x2_t r = (float64x2_t)fold_to_4(c), s = (float64x2_t)fold_to_4(d);
+  const F4 pq = (F4)vzip1q_f64(p, q) + (F4)vzip2q_f64(p, q), rs = (F4)vzip1q_f64(r, s) + (F4)vzip2q_f64(r, s);
+  return (F4)vpaddq_f32(pq, rs);
 #else
   return F4{sum_lanes(a), sum_lanes(b), sum_lanes(c), sum_lanes(d)};
 #endif
