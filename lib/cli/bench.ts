@@ -45,7 +45,7 @@ export function benchCommand(): Command {
     .addOption(listOption('--bits <list>', 'widths of the weights', oneOf(2, 3, 4), [2, 3, 4]))
     .option('--group-size <n>', 'channels that share a scale', groupSize, 128)
     .addOption(listOption('--threads <list>', "numbers of threads, or 'all'", threads, [1, 'all']))
-    .option('--activations <type>', 'int8 or float32', oneOf('int8', 'float32'), 'float32')
+    .option('--activations <type>', 'int8 or float32', oneOf('int8', 'float32'), 'int8')
     .option('--seconds <s>', 'time for each case', positiveNumber, 1)
     .option('--pesf', 'the same as --kernel pesf')
     .option('--model <dir>', 'of the expert loads of pesf (default: the bundled model)')
