@@ -158,7 +158,7 @@ async function limitsOf(
 }
 
 /** What else the machine does can only lower a limit. */
-function betterOf(a: MachineLimits, b: MachineLimits): MachineLimits {
+export function betterOf(a: MachineLimits, b: MachineLimits): MachineLimits {
   return {
     ...a,
     readBandwidth: Math.max(a.readBandwidth, b.readBandwidth),
