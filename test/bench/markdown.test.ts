@@ -25,7 +25,7 @@ function report(shape: string, limits: BenchReport['limits'], isa = 'avx2'): Ben
         shape,
         threads: 2,
         parameters: { tokens: 1, bits: 4 },
-        time: { median: 1e-3, min: 9e-4, p90: 2e-3, samples: 9 },
+        time: { median: 1e-3, min: 9e-4, p90: 2e-3, samples: 9, relative: 1 },
         bytes: 2e7,
         operations: 7e7,
         arithmetic: 'int8',

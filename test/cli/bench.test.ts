@@ -39,7 +39,7 @@ test('--json: one document with the machine, its limits and each case', () => {
     shape: '64,64,8,2',
     threads: 1,
     parameters: { tokens: 1, bits: 3 },
-    time: { median: number, min: number, p90: number, samples: number },
+    time: { median: number, min: number, p90: number, samples: number, relative: 1 },
     bytes: number,
     operations: 2 * 3 * 64 * 64 * 2,
     arithmetic: 'int8',
