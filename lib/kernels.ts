@@ -116,8 +116,7 @@ export function randomMatrix(
   kind: GroupOptions | { dtype: 'f32' | 'f16' | 'bf16' },
   seed: number,
 ): Promise<Matrix> {
-  if ('dtype' in kind) return native().randomMatrix(rows, cols, kind, seed);
-  return native().randomMatrix(rows, cols, groups(kind), seed);
+  return native().randomMatrix(rows, cols, 'dtype' in kind ? kind : groups(kind), seed);
 }
 
 /** How weights are grouped and rounded. */

@@ -328,15 +328,9 @@ export interface NativeBinding {
   randomMatrix(
     rows: number,
     cols: number,
-    kind: { bits: number; groupSize: number; symmetric: boolean },
+    kind: { bits: number; groupSize: number; symmetric: boolean } | { dtype: 'f32' | 'f16' | 'bf16' },
     seed: number,
-  ): Promise<QuantMatrix>;
-  randomMatrix(
-    rows: number,
-    cols: number,
-    kind: { dtype: 'f32' | 'f16' | 'bf16' },
-    seed: number,
-  ): Promise<Tensor>;
+  ): Promise<Matrix>;
 
   createProgram(registers: RegisterSpec[], ops: Op[]): Program;
   createFrame(program: Program): Frame;

@@ -1,4 +1,5 @@
 /** What a benchmark of one kernel is made of. */
+import type { Activations } from '../../types/native';
 import type { LoadSource } from './loads';
 import type { LayerShape } from './shapes';
 
@@ -29,7 +30,7 @@ export interface Setting {
   tokens: readonly number[];
   bits: readonly number[];
   groupSize: number;
-  activations: 'int8' | 'float32';
+  activations: Activations;
   seed: number;
   /** Bytes of weights to go through before the first come again. */
   cycle: number;

@@ -1,6 +1,6 @@
 /** The benchmarks behind `eac-moe bench`: kernels against what memory and arithmetic of this machine allow. */
 import { cpus } from 'node:os';
-import type { MachineLimits } from '../../types/native';
+import type { Activations, MachineLimits } from '../../types/native';
 import { EacMoeError } from '../errors';
 import { cpuInfo, measureLimits, setThreads, threads as poolThreads } from '../kernels';
 import { version } from '../version';
@@ -21,11 +21,14 @@ export interface BenchOptions {
   bits: number[];
   groupSize: number;
   threads: (number | 'all')[];
-  activations: 'int8' | 'float32';
+  activations: Activations;
   /** To spend on each case; three samples are taken at least. */
   seconds: number;
   seed: number;
-  /** Bytes of weights to go through before the first come again; default: four last-level caches. */
+  /**
+   * Bytes of weights to go through before the first come again, and to measure the read bandwidth on; default: four last-level caches, and
+   * what `measureLimits` takes.
+   */
   cycleBytes?: number;
   /** Of the expert loads of `pesf`; default: those of the repository. */
   loads?: LoadSource;
@@ -89,7 +92,7 @@ export async function runBench(options: BenchOptions): Promise<BenchReport> {
   const counts = [...new Set(options.threads.map((n) => (n === 'all' ? all : n)))];
   const cycle = options.cycleBytes ?? defaultCycle(options.bits.length);
   try {
-    const before = await limitsOf(counts, options);
+    const before = await limitsOf(counts, 0, options);
     const timed: Timed[] = [];
     const jobs = shapes.flatMap((shape) => options.kernels.map((kernel) => ({ shape, kernel })));
     for (const [i, { shape, kernel }] of jobs.entries()) {
@@ -104,8 +107,7 @@ export async function runBench(options: BenchOptions): Promise<BenchReport> {
         }
       }
     }
-    const after = await limitsOf(counts, options);
-    options.onProgress?.({ fraction: 1, message: 'done' });
+    const after = await limitsOf(counts, 1, options);
     const limits = before.map((l, i) => betterOf(l, after[i]!));
     const results = timed.map(({ kernel, shape, threads, one, time }) => ({
       kernel,
@@ -141,18 +143,22 @@ export function requireKernel(name: string): void {
   );
 }
 
-async function limitsOf(counts: number[], { signal, onProgress }: BenchOptions): Promise<MachineLimits[]> {
+async function limitsOf(
+  counts: number[],
+  fraction: number,
+  { cycleBytes, signal, onProgress }: BenchOptions,
+): Promise<MachineLimits[]> {
   const limits: MachineLimits[] = [];
   for (const threads of counts) {
     stopIfAborted(signal);
-    onProgress?.({ fraction: 0, message: `limits of the machine with ${plural(threads, 'thread')}` });
-    limits.push(await measureLimits({ threads }));
+    onProgress?.({ fraction, message: `limits of the machine with ${plural(threads, 'thread')}` });
+    limits.push(await measureLimits({ threads, bufferBytes: cycleBytes }));
   }
   return limits;
 }
 
 /** What else the machine does can only lower a limit. */
-function betterOf(a: MachineLimits, b: MachineLimits): MachineLimits {
+export function betterOf(a: MachineLimits, b: MachineLimits): MachineLimits {
   return {
     ...a,
     readBandwidth: Math.max(a.readBandwidth, b.readBandwidth),

@@ -1,7 +1,7 @@
 /** Products with one matrix, quantized or dense. Many matrices of that shape take turns, so that weights come from memory. */
-import type { Matrix } from '../../types/native';
+import type { Activations, Matrix } from '../../types/native';
 import { randomMatrix, zeros } from '../kernels';
-import type { Arithmetic, Case, Group, Setting } from './case';
+import type { Case, Group, Setting } from './case';
 import { randomInput } from './experts';
 import { programRun, Recorder, single } from './recorded';
 
@@ -74,7 +74,7 @@ function linearCase(
   set: readonly Matrix[],
   tokens: number,
   parameters: Case['parameters'],
-  arithmetic: Arithmetic,
+  activations: Activations,
   seed: number,
 ): Case & { dispose(): void } {
   const [first] = set;
@@ -83,13 +83,12 @@ function linearCase(
   const x = r.bound('x', randomInput(tokens, cols, seed));
   const out = r.bound('y', zeros([tokens, rows]));
   for (const weight of set) r.builder.push({ op: 'linear', x, out, weight });
-  const activations = arithmetic === 'int8' ? 'int8' : 'float32';
   const { frame, program, dispose } = r.start([{ length: tokens }], activations);
   return {
     parameters,
     bytes: first!.byteLength + 4 * tokens * (rows + cols),
     operations: 2 * tokens * rows * cols,
-    arithmetic,
+    arithmetic: activations,
     run: programRun(frame, program),
     dispose,
   };

@@ -1,13 +1,6 @@
 /** Cases that are recorded programs, and the frames and tensors that they own. */
-import type { Frame, KvCache, Program, Sequence } from '../../types/native';
-import {
-  createFrame,
-  ProgramBuilder,
-  type Activations,
-  type Matrix,
-  type Register,
-  type Tensor,
-} from '../kernels';
+import type { Activations, Frame, KvCache, Program, Sequence } from '../../types/native';
+import { createFrame, ProgramBuilder, type Matrix, type Register, type Tensor } from '../kernels';
 import type { Case, Group } from './case';
 
 interface Disposable {
@@ -34,8 +27,8 @@ export class Recorder {
   ): { frame: Frame; program: Program } & Disposable {
     const program = this.builder.build();
     const frame = createFrame(program);
-    frame.setActivations(activations);
     for (const [register, tensor] of this.#bindings) frame.bind(register, tensor);
+    frame.setActivations(activations);
     frame.begin(null, sequences);
     const dispose = () => {
       frame.dispose();

@@ -9,6 +9,8 @@ export interface Timing {
   /** 90 % of the samples took at most this. */
   p90: number;
   samples: number;
+  /** Median of the ratios to the first case of the group, each to the sample beside it: what disturbs both does not count. */
+  relative: number;
 }
 
 export interface TimingOptions {
@@ -47,7 +49,7 @@ export async function measure(cases: Case[], { seconds, signal }: TimingOptions)
       spent[i]! += elapsed;
     }
   }
-  return samples.map(summarize);
+  return samples.map((own) => summarize(own, samples[0]));
 }
 
 async function timed(one: Case, calls: number): Promise<number> {
@@ -56,12 +58,25 @@ async function timed(one: Case, calls: number): Promise<number> {
   return (performance.now() - begun) / 1000;
 }
 
-/** Median (the mean of the two in the middle), minimum and 90th percentile (nearest rank). */
-export function summarize(samples: readonly number[]): Timing {
+/** Median, minimum and 90th percentile (nearest rank); `base`: the samples that were taken beside these. */
+export function summarize(samples: readonly number[], base = samples): Timing {
   const sorted = [...samples].sort((a, b) => a - b);
   const n = sorted.length;
-  const median = (sorted[Math.floor((n - 1) / 2)]! + sorted[Math.floor(n / 2)]!) / 2;
-  return { median, min: sorted[0]!, p90: sorted[Math.ceil(0.9 * n) - 1]!, samples: n };
+  const ratios = samples.slice(0, base.length).map((value, i) => value / base[i]!);
+  return {
+    median: median(samples),
+    min: sorted[0]!,
+    p90: sorted[Math.ceil(0.9 * n) - 1]!,
+    samples: n,
+    relative: median(ratios),
+  };
+}
+
+/** The mean of the two in the middle, where there are two. */
+function median(values: readonly number[]): number {
+  const sorted = [...values].sort((a, b) => a - b);
+  const n = sorted.length;
+  return (sorted[Math.floor((n - 1) / 2)]! + sorted[Math.floor(n / 2)]!) / 2;
 }
 
 /** @throws EacMoeError ABORTED */

@@ -54,6 +54,7 @@ export async function randomLayers(
   seed: number,
 ): Promise<LayerWeights> {
   const { hidden, width, experts } = shape;
+  requireMemory(shape, options.bits);
   const layers: ExpertMatrices[][] = [];
   const matrices: QuantMatrix[] = [];
   const make = async (rows: number, cols: number) => {
@@ -73,10 +74,7 @@ export async function randomLayers(
           await make(hidden, width),
         ];
         layer.push({ gate, up, down });
-        if (!expertBytes) {
-          expertBytes = gate.byteLength + up.byteLength + down.byteLength;
-          requireMemory(shape, options.bits, expertBytes * experts);
-        }
+        expertBytes = gate.byteLength + up.byteLength + down.byteLength;
       }
       layers.push(layer);
       bytes += expertBytes * experts;
@@ -88,11 +86,13 @@ export async function randomLayers(
   return { layers, expertBytes, bytes, dispose };
 }
 
-function requireMemory({ name, experts }: LayerShape, bits: number, bytes: number): void {
-  if (bytes <= freemem()) return;
+/** Codes alone are counted: what is left out is a tenth. */
+function requireMemory({ name, hidden, width, experts }: LayerShape, bits: number): void {
+  const [bytes, free] = [(3 * hidden * width * experts * bits) / 8, freemem()];
+  if (bytes <= free) return;
   const gigabytes = (n: number) => `${(n / 1e9).toFixed(1)} GB`;
   throw new EacMoeError(
     'OUT_OF_MEMORY',
-    `the ${experts} experts of shape ${name} take ${gigabytes(bytes)} at ${bits} bit, and ${gigabytes(freemem())} are free: choose fewer or smaller experts`,
+    `the ${experts} experts of shape ${name} take ${gigabytes(bytes)} at ${bits} bit, and ${gigabytes(free)} are free: choose fewer or smaller experts`,
   );
 }

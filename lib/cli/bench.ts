@@ -3,6 +3,7 @@ import { InvalidArgumentError, Option, type Command } from 'commander';
 import { runBench, type BenchOptions, type BenchReport } from '../bench';
 import { KERNELS } from '../bench/kernels';
 import { bundledSource } from '../bench/loads';
+import { markdownReport } from '../bench/markdown';
 import { textReport } from '../bench/report';
 import { SHAPES } from '../bench/shapes';
 import {
@@ -28,6 +29,7 @@ interface Options extends CommonOptions {
   seconds: number;
   cycle?: number;
   pesf?: boolean;
+  markdown?: boolean;
   model?: string;
   text?: string[];
   seed: number;
@@ -45,7 +47,7 @@ export function benchCommand(): Command {
     .addOption(listOption('--bits <list>', 'widths of the weights', oneOf(2, 3, 4), [2, 3, 4]))
     .option('--group-size <n>', 'channels that share a scale', groupSize, 128)
     .addOption(listOption('--threads <list>', "numbers of threads, or 'all'", threads, [1, 'all']))
-    .option('--activations <type>', 'int8 or float32', oneOf('int8', 'float32'), 'float32')
+    .option('--activations <type>', 'int8 or float32', oneOf('int8', 'float32'), 'int8')
     .option('--seconds <s>', 'time for each case', positiveNumber, 1)
     .option('--pesf', 'the same as --kernel pesf')
     .option('--model <dir>', 'of the expert loads of pesf (default: the bundled model)')
@@ -55,9 +57,16 @@ export function benchCommand(): Command {
       'weights to go through before the first come again (default: 4 last-level caches)',
       positiveNumber,
     )
+    .option('--markdown', 'print Markdown tables')
     .option('--seed <n>', 'seed of weights and routing', wholeNumber, 0)
     .addHelpText('after', `\nKernels:\n${kernels.join('\n')}`)
-    .action((options: Options) => perform(options, (context) => run(options, context), print));
+    .action((options: Options) =>
+      perform(
+        options,
+        (context) => run(options, context),
+        (report) => process.stdout.write(options.markdown ? markdownReport([report]) : textReport(report)),
+      ),
+    );
 }
 
 function run(o: Options, { signal, progress }: Context): Promise<BenchReport> {
@@ -72,10 +81,6 @@ function run(o: Options, { signal, progress }: Context): Promise<BenchReport> {
     onProgress: ({ fraction, message }) => progress.update(fraction, message),
     signal,
   });
-}
-
-function print(report: BenchReport): void {
-  process.stdout.write(textReport(report));
 }
 
 function threads(text: string): number | 'all' {

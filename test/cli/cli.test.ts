@@ -322,7 +322,7 @@ describe('failure exits 1 with one line that names the culprit', () => {
 test('--help and --version exit 0', () => {
   const { version } = JSON.parse(readFileSync(join(root, 'package.json'), 'utf8')) as { version: string };
   expect(run('--version')).toEqual({ status: 0, stdout: `${version}\n`, stderr: '' });
-  for (const command of ['inspect', 'quantize', 'eval', 'generate']) {
+  for (const command of ['inspect', 'quantize', 'eval', 'generate', 'bench']) {
     const { status, stdout } = run(command, '--help');
     expect(status).toBe(0);
     expect(stdout).toContain('--json');
