@@ -45,6 +45,41 @@ SoftmaxInfo softmax_row(float* x, int64_t n) {
   return {max, sum};
 }
 
+float softmax_block(float* s, int64_t n, int64_t lo, int64_t hi, float* max, float* shrink) {
+  const float lowest = -__builtin_inff();
+  I lane;
+  for (int l = 0; l < L; l++) lane[l] = l;
+  const auto visible = [&](int64_t i) {
+    const F v = load<F>(s + i);
+    if (i >= lo && i + L <= hi) return v;
+    const I at = lane + int32_t(i);
+    return (at >= int32_t(lo)) & (at < int32_t(hi)) ? v : splat(lowest);
+  };
+  if (lo < 0) lo = 0;
+  const int64_t begin = lo / L * L, end = hi > lo ? hi : begin;
+  F m = splat(*max);
+  for (int64_t i = begin; i < end; i += L) {
+    const F v = visible(i);
+    m = v > m ? v : m;
+  }
+  const float top = max_lanes(m), shift = top == lowest ? 0.0f : top;  // -inf minus -inf would be NaN
+  F sum{};
+  for (int64_t i = 0; i < n; i += L) {
+    const F e = i >= begin && i < end ? exp_lanes(visible(i) - shift) : F{};
+    store(s + i, e);
+    sum = sum + e;
+  }
+  *shrink = *max == top ? 1.0f : exp_lanes(splat(*max - shift))[0];
+  *max = top;
+  return sum_lanes(sum);
+}
+
+void blend_f32(float a, float* y, float b, const float* x, int64_t n) {
+  int64_t i = 0;
+  for (; i + L <= n; i += L) store(y + i, a * load<F>(y + i) + b * load<F>(x + i));
+  if (i < n) store_part(y + i, a * load_part(y + i, n - i) + b * load_part(x + i, n - i), n - i);
+}
+
 float dot_f32(const float* a, const float* b, int64_t n) {
   F s0{}, s1{}, s2{}, s3{};
   int64_t i = 0;
