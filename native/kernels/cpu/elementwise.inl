@@ -47,25 +47,24 @@ SoftmaxInfo softmax_row(float* x, int64_t n) {
 
 float softmax_block(float* s, int64_t n, int64_t lo, int64_t hi, float* max, float* shrink) {
   const float lowest = -__builtin_inff();
-  I lane;
-  for (int l = 0; l < L; l++) lane[l] = l;
-  const auto visible = [&](int64_t i) {
-    const F v = load<F>(s + i);
-    if (i >= lo && i + L <= hi) return v;
-    const I at = lane + int32_t(i);
-    return (at >= int32_t(lo)) & (at < int32_t(hi)) ? v : splat(lowest);
-  };
   if (lo < 0) lo = 0;
-  const int64_t begin = lo / L * L, end = hi > lo ? hi : begin;
+  const int64_t begin = lo / L * L, end = hi > lo ? (hi + L - 1) / L * L : begin;
+  for (int64_t i = 0; i < begin; i += L) store(s + i, F{});
+  for (int64_t i = end; i < n; i += L) store(s + i, F{});
   F m = splat(*max);
   for (int64_t i = begin; i < end; i += L) {
-    const F v = visible(i);
+    F v = load<F>(s + i);
+    if (i < lo || i + L > hi) {  // from here on these lanes are -inf: exp makes zeros of them
+      const I at = lane_numbers() + int32_t(i);
+      v = (at >= int32_t(lo)) & (at < int32_t(hi)) ? v : splat(lowest);
+      store(s + i, v);
+    }
     m = v > m ? v : m;
   }
   const float top = max_lanes(m), shift = top == lowest ? 0.0f : top;  // -inf minus -inf would be NaN
   F sum{};
-  for (int64_t i = 0; i < n; i += L) {
-    const F e = i >= begin && i < end ? exp_lanes(visible(i) - shift) : F{};
+  for (int64_t i = begin; i < end; i += L) {
+    const F e = exp_lanes(load<F>(s + i) - shift);
     store(s + i, e);
     sum = sum + e;
   }

@@ -71,7 +71,7 @@ template <class T> struct GemmKernels {
   void (*pack)(PackSource source, int64_t width, int64_t count, int64_t k, const float* scale, T* out);
   // C tile (rows <= mr, cols <= nr) = alpha * A panel [k][height(rows)] · B [k][nr], row stride ldb, added to C if accumulate.
   // An element's sum runs over rising k, whatever the tile. B is read up to nr columns, also where cols is less.
-  // `next`: k * tile_prefetch elements that a later tile reads; they are asked for meanwhile.
+  // `next`: what a later tile reads of B; k * tile_prefetch elements of it are asked for meanwhile, k * nr by the lower tiles.
   void (*tile)(int64_t k, T alpha, const T* a, const T* b, int64_t ldb, const T* next, bool accumulate, T* c, int64_t ldc,
                int64_t rows, int64_t cols);
 };

@@ -91,10 +91,10 @@ struct Kernel {
     const int64_t d = a.head_dim, from = std::max<int64_t>(0, first(s, r) - b), to = std::min(kv_block, end(s, r + n - 1) - b);
     if (from >= to) return;
     const int64_t at = b * kv_width + s.kv_head * d * kv_block;
-    const float *keys = s.context.keys + at, *values = s.context.values + at;
+    const float *keys = s.context.keys + at, *values = s.context.values + at, *next_keys = keys + kv_width * kv_block;
     for (int64_t j = from / key_panel * key_panel; j < to; j += gemm.nr) {
       const float* panel = keys + j / key_panel * key_panel * d + j % key_panel;
-      gemm.tile(d, 1, queries + r * d, panel, key_panel, panel + key_panel * d, false, scores + j, kv_block, n, gemm.nr);
+      gemm.tile(d, 1, queries + r * d, panel, key_panel, values + j * d, false, scores + j, kv_block, n, gemm.nr);
     }
     for (int64_t i = 0; i < n; i++) {
       float shrink;
@@ -105,8 +105,8 @@ struct Kernel {
     }
     gemm.pack({scores + from, DType::f32, kv_block, 1}, gemm.height(n), n, to - from, nullptr, weights);
     for (int64_t c = 0; c < d; c += gemm.nr)
-      gemm.tile(to - from, 1, weights, values + from * d + c, d, values + from * d + c + gemm.nr, true, state.acc + r * d + c, d,
-                n, std::min<int64_t>(gemm.nr, d - c));
+      gemm.tile(to - from, 1, weights, values + from * d + c, d, next_keys + c * kv_block, true, state.acc + r * d + c, d, n,
+                std::min<int64_t>(gemm.nr, d - c));
   }
 
   // The span's rows against one chunk of keys, from nothing.
