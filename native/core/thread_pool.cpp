@@ -1,11 +1,14 @@
 #include "core/thread_pool.h"
 
+#include <algorithm>
+#include <bit>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
-#include <vector>
 #ifdef __linux__
 #include <sched.h>
 #endif
@@ -23,10 +26,9 @@ struct Loop {
   FunctionRef<void(int64_t)> body;
   int64_t n;
   const std::atomic<int32_t>* cancel;
-  std::atomic<int64_t> next{0};
-  std::atomic<int> helpers{0};  // pool threads inside run(); the loop lives on the caller's stack until this is 0
   std::atomic<bool> failed{false};
   std::exception_ptr error{};
+  alignas(64) std::atomic<int64_t> next{0};
 
   void run() {
     const auto* outer = cancel_flag;
@@ -41,10 +43,7 @@ struct Loop {
     }
     cancel_flag = outer;
   }
-  bool exhausted() const { return failed.load(std::memory_order_relaxed) || next.load(std::memory_order_relaxed) >= n; }
 };
-
-constexpr int spins = 400;  // some 10 microseconds
 
 void pause() {
 #if defined(__x86_64__)
@@ -54,9 +53,24 @@ void pause() {
 #endif
 }
 
-int default_threads() {
-  if (const char* s = std::getenv("EAC_MOE_THREADS"))
-    if (int n = std::atoi(s); n > 0) return n;
+// Looks for `found` without sleeping: some microseconds at full attention, then, up to 100, letting whoever else wants the
+// processor have it. False if it did not come.
+template <class F> bool spin_until(F found) {
+  using clock = std::chrono::steady_clock;
+  constexpr auto attentive = std::chrono::microseconds(20), limit = std::chrono::microseconds(100);
+  const auto start = clock::now();
+  for (;;) {
+    for (int i = 0; i < 8; i++) {
+      if (found()) return true;
+      pause();
+    }
+    const auto elapsed = clock::now() - start;
+    if (elapsed > limit) return false;
+    if (elapsed > attentive) std::this_thread::yield();
+  }
+}
+
+int available_cpus() {
 #ifdef __linux__
   cpu_set_t set;
   if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
@@ -65,69 +79,118 @@ int default_threads() {
   return n ? int(n) : 1;
 }
 
-class Pool {
-  std::mutex mutex_;
-  std::condition_variable wake_;
-  std::vector<Loop*> loops_;         // loops that may still have iterations to hand out
-  std::atomic<uint64_t> posted_{0};  // bumped at every new loop, so that idle threads can spin on it briefly
-  int started_ = 0;
-  std::atomic<int> count_{default_threads()};
+int default_threads() {
+  if (const char* s = std::getenv("EAC_MOE_THREADS"))
+    if (int n = std::atoi(s); n > 0) return n;
+  return available_cpus();
+}
 
-  // Under the lock: a loop with work left, or null.
-  Loop* pick() {
-    for (Loop* l : loops_)
-      if (!l->exhausted()) return l;
-    return nullptr;
-  }
+// Decoding posts a loop every few microseconds, so posting and joining one takes no lock: a loop lies in one of 64 slots, a bit of
+// `open_` says that it may have iterations left, and threads that find nothing look for 100 microseconds before they sleep.
+class Pool {
+  // A helper counts itself in before it looks at `loop`; the owner takes `loop` away before it looks at `helpers`. Both in sequentially
+  // consistent order: so either the helper finds nothing, or the owner waits for it. (A slot outlives its loops.)
+  struct alignas(64) Slot {
+    std::atomic<Loop*> loop{nullptr};
+    std::atomic<int> helpers{0};
+  };
+  static constexpr int slot_count = 64;
+  Slot slots_[slot_count];
+  alignas(64) std::atomic<uint64_t> open_{0};
+  alignas(64) std::atomic<uint64_t> taken_{0};
+  std::atomic<int> count_{default_threads()}, started_{0}, sleepers_{0};
+  const int cpus_ = available_cpus();
+  std::mutex mutex_;
+  std::condition_variable work_, enabled_;  // work_: for those below the thread count; enabled_: for the others
 
   void worker(int id) {
     for (;;) {
-      Loop* loop = nullptr;
-      {
+      if (id >= count_.load(std::memory_order_relaxed)) {
         std::unique_lock lock(mutex_);
-        if (id < count_.load() && (loop = pick())) loop->helpers.fetch_add(1);
+        enabled_.wait(lock, [&] { return id < count_.load(); });
+      } else if (const uint64_t open = open_.load()) {
+        help(std::countr_zero(open));
+      } else if (!spin([&] { return open_.load(std::memory_order_relaxed) != 0; })) {
+        std::unique_lock lock(mutex_);
+        sleepers_.fetch_add(1);  // before the last look at open_, as post() opens before it looks for sleepers
+        work_.wait(lock, [&] { return open_.load() != 0 || id >= count_.load(); });
+        sleepers_.fetch_sub(1);
       }
-      if (loop) {
-        loop->run();
-        loop->helpers.fetch_sub(1, std::memory_order_release);
-        continue;
-      }
-      // Decoding posts many short loops in a row: look around for some microseconds before going to sleep.
-      const uint64_t seen = posted_.load();
-      bool again = false;
-      for (int spin = 0; spin < spins && !again; spin++) {
-        again = posted_.load(std::memory_order_relaxed) != seen;
-        pause();
-      }
-      if (again) continue;
-      std::unique_lock lock(mutex_);
-      wake_.wait(lock, [&] { return posted_.load() != seen || (id < count_.load() && pick()); });
+    }
+  }
+
+  // With more threads than processors, looking around would only keep others from working.
+  template <class F> bool spin(F found) { return count_.load(std::memory_order_relaxed) <= cpus_ ? spin_until(found) : found(); }
+
+  void help(int slot) {
+    Slot& s = slots_[slot];
+    s.helpers.fetch_add(1);
+    if (Loop* loop = s.loop.load()) {
+      loop->run();
+      close(slot);
+    }
+    if (s.helpers.fetch_sub(1) == 1) s.helpers.notify_one();
+  }
+
+  void close(int slot) {
+    const uint64_t bit = uint64_t(1) << slot;
+    if (open_.load(std::memory_order_relaxed) & bit) open_.fetch_and(~bit);
+  }
+
+  // A free slot, or -1.
+  int take_slot() {
+    uint64_t taken = taken_.load(std::memory_order_relaxed);
+    while (~taken) {
+      const int slot = std::countr_one(taken);
+      if (taken_.compare_exchange_weak(taken, taken | uint64_t(1) << slot)) return slot;
+    }
+    return -1;
+  }
+
+  void post(Loop& loop, int slot) {
+    if (started_.load(std::memory_order_relaxed) < count() - 1) start_threads();
+    slots_[slot].loop.store(&loop);
+    open_.fetch_or(uint64_t(1) << slot);
+    int64_t wake = std::min<int64_t>(sleepers_.load(), loop.n - 1);
+    if (wake == 0) return;
+    { std::lock_guard lock(mutex_); }  // a thread between its last look and its sleep holds the lock
+    while (wake-- > 0) work_.notify_one();
+  }
+
+  void start_threads() {
+    std::lock_guard lock(mutex_);
+    try {
+      for (int id = started_.load() + 1; id < count(); id++, started_.fetch_add(1))
+        std::thread([this, id] { worker(id); }).detach();
+    } catch (const std::system_error&) {  // the system gives no more threads: loops run on those that there are
     }
   }
 
  public:
-  int count() const { return count_.load(); }
-  void set_count(int n) { count_.store(n < 1 ? 1 : n); }
+  int count() const { return count_.load(std::memory_order_relaxed); }
+  void set_count(int n) {
+    {
+      std::lock_guard lock(mutex_);
+      count_.store(n < 1 ? 1 : n);
+    }
+    enabled_.notify_all();
+    work_.notify_all();
+  }
 
   void run(Loop& loop) {
-    {
-      std::lock_guard lock(mutex_);
-      for (; started_ < count_.load() - 1; started_++) std::thread([this, id = started_ + 1] { worker(id); }).detach();
-      loops_.push_back(&loop);
-      posted_.fetch_add(1);
-    }
-    wake_.notify_all();
-    loop.run();
-    {
-      std::lock_guard lock(mutex_);
-      std::erase(loops_, &loop);
-    }
-    // The helpers are in their last iterations; on a busy machine one may have lost its processor: then let it have ours.
-    for (int spin = 0; loop.helpers.load(std::memory_order_acquire) != 0; spin++) {
-      if (spin < spins)
-        pause();
-      else
-        std::this_thread::yield();
+    const int slot = loop.n == 1 || count() == 1 ? -1 : take_slot();
+    if (slot < 0) {
+      loop.run();
+    } else {
+      post(loop, slot);
+      loop.run();
+      close(slot);
+      // The helpers are in their last iterations.
+      Slot& s = slots_[slot];
+      s.loop.store(nullptr);
+      if (!spin([&] { return s.helpers.load() == 0; }))
+        for (int n; (n = s.helpers.load()) != 0;) s.helpers.wait(n);
+      taken_.fetch_and(~(uint64_t(1) << slot));
     }
     if (loop.error) std::rethrow_exception(loop.error);
   }
@@ -147,12 +210,7 @@ void set_thread_count(int n) { pool().set_count(n); }
 void parallel_for(int64_t n, FunctionRef<void(int64_t)> body) {
   if (n <= 0) return;
   Loop loop{.body = body, .n = n, .cancel = cancel_flag};
-  if (n == 1 || thread_count() == 1) {
-    loop.run();
-    if (loop.error) std::rethrow_exception(loop.error);
-  } else {
-    pool().run(loop);
-  }
+  pool().run(loop);
 }
 
 CancelScope::CancelScope(const std::atomic<int32_t>* flag) : previous_(cancel_flag) { cancel_flag = flag; }

@@ -79,7 +79,7 @@ std::vector<double> attention_oracle(const Qkv& x, const Attention& a, int64_t n
     for (int64_t h = 0; h < a.heads; h++) {
       const int64_t from = a.window > 0 ? std::max<int64_t>(0, t - a.window + 1) : 0;
       std::vector<double> p;
-      double sum = 0;
+      double sum = a.sinks.empty() ? 0 : std::exp(double(a.sinks[size_t(h)]));
       for (int64_t s = from; s <= t; s++) {
         double dot = 0;
         for (int64_t i = 0; i < d; i++)
@@ -96,31 +96,76 @@ std::vector<double> attention_oracle(const Qkv& x, const Attention& a, int64_t n
   return out;
 }
 
-// In one batch without a cache, and through a cache in pieces: equal to the oracle, and to each other bit for bit.
+// Feeds x to a cache in pieces of so many tokens.
+std::vector<float> in_pieces(const Qkv& x, const Attention& a, int64_t n, int64_t piece) {
+  const int64_t width = a.heads * a.head_dim, kv_width = a.kv_heads * a.head_dim;
+  auto cache = std::make_shared<KvCache>(std::vector<KvCache::Widths>{{kv_width, kv_width}});
+  std::vector<float> out(size_t(n * width));
+  for (int64_t t = 0; t < n; t += piece) {
+    const int64_t m = std::min(piece, n - t);
+    cache->reserve(t + m);
+    attention(x.q.f32() + t * width, x.k.f32() + t * kv_width, x.v.f32() + t * kv_width, one(m, t, cache), a,
+              out.data() + t * width);
+    cache->length = t + m;
+  }
+  return out;
+}
+
+// In one batch without a cache, and through a cache in pieces: near the oracle, and equal to each other bit for bit.
+void attention_case(const Attention& a, int64_t n, const std::vector<int64_t>& piece_sizes) {
+  const int64_t d = a.head_dim;
+  const Qkv x{random_matrix(n, a.heads * d, 1), random_matrix(n, a.kv_heads * d, 2), random_matrix(n, a.kv_heads * d, 3)};
+  std::vector<float> whole(size_t(n * a.heads * d));
+  attention(x.q.f32(), x.k.f32(), x.v.f32(), one(n), a, whole.data());
+  const std::string name = "attention " + std::to_string(a.heads) + "/" + std::to_string(a.kv_heads) + " x " + std::to_string(d) +
+                           ", window " + std::to_string(a.window) + ", " + std::to_string(n) + " tokens";
+  check_close(whole, attention_oracle(x, a, n), 1e-4, name);
+  for (const int64_t piece : piece_sizes)
+    check(std::memcmp(in_pieces(x, a, n, piece).data(), whole.data(), whole.size() * sizeof(float)) == 0,
+          name + ": pieces of " + std::to_string(piece) + " differ in bits");
+}
+
 void attention_matches_oracle() {
   for (const auto& [heads, kv_heads] : {std::pair<int64_t, int64_t>{1, 1}, {4, 2}, {6, 1}, {4, 4}})
     for (const int64_t window : {0, 1, 7, 100})
-      for (const int64_t n : {1, 2, 70, 150}) {
-        const int64_t d = 16;
-        const Attention a{0, heads, kv_heads, d, window, 0.25f};
-        const Qkv x{random_matrix(n, heads * d, 1), random_matrix(n, kv_heads * d, 2), random_matrix(n, kv_heads * d, 3)};
-        std::vector<float> whole(size_t(n * heads * d));
-        attention(x.q.f32(), x.k.f32(), x.v.f32(), one(n), a, whole.data());
-        check_close(whole, attention_oracle(x, a, n), 1e-4, "attention");
+      for (const int64_t n : {1, 2, 70, 150}) attention_case({0, heads, kv_heads, 16, window, 0.25f}, n, {1, 13, 64});
+  // Head widths that no vector divides; chunks of keys (512) merged, few heads on several threads; a window across chunks.
+  for (const int64_t d : {3, 40, 80}) attention_case({0, 3, 1, d, 0, 0.2f}, 140, {1, 50});
+  attention_case({0, 2, 1, 32, 0, 0.2f}, 1100, {1, 300});
+  attention_case({0, 1, 1, 24, 530, 0.2f}, 1200, {1, 700});
+}
 
-        for (const int64_t piece : {1, 13, 64}) {
-          auto cache = std::make_shared<KvCache>(std::vector<KvCache::Widths>{{kv_heads * d, kv_heads * d}});
-          std::vector<float> pieces(whole.size());
-          for (int64_t t = 0; t < n; t += piece) {
-            const int64_t m = std::min(piece, n - t);
-            cache->reserve(t + m);
-            attention(x.q.f32() + t * heads * d, x.k.f32() + t * kv_heads * d, x.v.f32() + t * kv_heads * d, one(m, t, cache), a,
-                      pieces.data() + t * heads * d);
-            cache->length = t + m;
-          }
-          check_close(pieces, {whole.begin(), whole.end()}, 1e-5, "attention in pieces of " + std::to_string(piece));
-        }
-      }
+// A sink takes its share of the weight: a large one leaves nothing, one of -inf changes nothing.
+void attention_sinks() {
+  const float inf = std::numeric_limits<float>::infinity();
+  for (const int64_t n : {1, 140, 600}) attention_case({0, 4, 2, 16, 0, 0.25f, {0.5f, -3.0f, 4.0f, 1.0f}}, n, {1, 64});
+  const int64_t n = 5;
+  const Qkv x{random_matrix(n, 32, 1), random_matrix(n, 16, 2), random_matrix(n, 16, 3)};
+  std::vector<float> plain(size_t(n * 32)), none(plain), all(plain);
+  attention(x.q.f32(), x.k.f32(), x.v.f32(), one(n), {0, 2, 1, 16, 0, 0.25f}, plain.data());
+  attention(x.q.f32(), x.k.f32(), x.v.f32(), one(n), {0, 2, 1, 16, 0, 0.25f, {-inf, -inf}}, none.data());
+  attention(x.q.f32(), x.k.f32(), x.v.f32(), one(n), {0, 2, 1, 16, 0, 0.25f, {1e4f, 1e4f}}, all.data());
+  check_close(none, {plain.begin(), plain.end()}, 1e-6, "sinks of -inf");
+  check_close(all, std::vector<double>(all.size(), 0.0), 0, "sinks that take everything");
+}
+
+// Several sequences of different lengths in a batch, at different positions: each as if alone.
+void attention_of_a_batch() {
+  const Attention a{0, 4, 2, 16, 0, 0.25f};
+  const int64_t lengths[] = {200, 1, 1, 33}, d = 64, kv_d = 32, n = 235;
+  const Qkv x{random_matrix(n, d, 1), random_matrix(n, kv_d, 2), random_matrix(n, kv_d, 3)};
+  std::vector<float> batch(size_t(n * d)), alone(batch);
+  std::vector<Sequence> sequences;
+  int64_t begin = 0;
+  for (const int64_t length : lengths) {
+    Sequence s;
+    s.begin = begin, s.length = length;
+    sequences.push_back(s);
+    attention(x.q.f32(), x.k.f32(), x.v.f32(), {s}, a, alone.data());
+    begin += length;
+  }
+  attention(x.q.f32(), x.k.f32(), x.v.f32(), sequences, a, batch.data());
+  check(std::memcmp(batch.data(), alone.data(), batch.size() * sizeof(float)) == 0, "attention of a batch differs in bits");
 }
 
 void sampling() {
@@ -177,6 +222,8 @@ int main() {
     run_on_isas("norms", norms);
     run_on_isas("rotary embedding", rotary);
     run_on_isas("attention, whole and in pieces", attention_matches_oracle);
+    run_on_isas("attention sinks", attention_sinks);
+    run_on_isas("attention of a batch", attention_of_a_batch);
     run("sampling", sampling);
     run_on_isas("losses", losses);
   }

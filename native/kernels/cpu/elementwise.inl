@@ -45,6 +45,40 @@ SoftmaxInfo softmax_row(float* x, int64_t n) {
   return {max, sum};
 }
 
+float softmax_block(float* s, int64_t n, int64_t lo, int64_t hi, float* max, float* shrink) {
+  const float lowest = -__builtin_inff();
+  if (lo < 0) lo = 0;
+  const int64_t begin = lo / L * L, end = hi > lo ? (hi + L - 1) / L * L : begin;
+  for (int64_t i = 0; i < begin; i += L) store(s + i, F{});
+  for (int64_t i = end; i < n; i += L) store(s + i, F{});
+  F m = splat(*max);
+  for (int64_t i = begin; i < end; i += L) {
+    F v = load<F>(s + i);
+    if (i < lo || i + L > hi) {  // from here on these lanes are -inf: exp makes zeros of them
+      const I at = lane_numbers() + int32_t(i);
+      v = (at >= int32_t(lo)) & (at < int32_t(hi)) ? v : splat(lowest);
+      store(s + i, v);
+    }
+    m = v > m ? v : m;
+  }
+  const float top = max_lanes(m), shift = top == lowest ? 0.0f : top;  // -inf minus -inf would be NaN
+  F sum{};
+  for (int64_t i = begin; i < end; i += L) {
+    const F e = exp_lanes(load<F>(s + i) - shift);
+    store(s + i, e);
+    sum = sum + e;
+  }
+  *shrink = *max == top ? 1.0f : exp_lanes(splat(*max - shift))[0];
+  *max = top;
+  return sum_lanes(sum);
+}
+
+void blend_f32(float a, float* y, float b, const float* x, int64_t n) {
+  int64_t i = 0;
+  for (; i + L <= n; i += L) store(y + i, a * load<F>(y + i) + b * load<F>(x + i));
+  if (i < n) store_part(y + i, a * load_part(y + i, n - i) + b * load_part(x + i, n - i), n - i);
+}
+
 float dot_f32(const float* a, const float* b, int64_t n) {
   F s0{}, s1{}, s2{}, s3{};
   int64_t i = 0;

@@ -108,16 +108,26 @@ template <class T> void pack(PackSource s, int64_t width, int64_t count, int64_t
       for (int64_t i = 0; i < count; i++) out[p * width + i] *= T(scale[p]);
 }
 
+// The lowest tile that holds `rows` rows: an element's sum is the same in each.
+template <class T, int mr, int nv> constexpr int tile_height(int64_t rows) {
+  for (int height = 1; height < 16; height *= 2)
+    if (height < mr && rows <= height) return height;
+  return mr;
+}
 // mr rows times nv vectors of C in registers.
-template <class T, int mr, int nv>
-void tile(int64_t k, T alpha, const T* a, const T* b, bool accumulate, T* c, int64_t ldc, int64_t rows, int64_t cols) {
+template <class T, int mr, int nv> void tile_of(int64_t k, T alpha, const T* a, const T* b, int64_t ldb, const T* next,
+                                                bool accumulate, T* c, int64_t ldc, int64_t rows, int64_t cols) {
   typedef typename VecOf<T>::type V;
   constexpr int lanes = sizeof(V) / sizeof(T), nr = nv * lanes;
+  constexpr int ahead = mr < EAC_MR ? nr : int(tile_prefetch);  // few rows wait for B more than they compute
+  for (int64_t i = 0; i < rows; i++) EAC_UNROLL
+  for (int j = 0; j < nv; j++) __builtin_prefetch(c + i * ldc + j * lanes, 1);
   V acc[mr][nv];
   EAC_UNROLL
   for (int i = 0; i < mr; i++) EAC_UNROLL
   for (int j = 0; j < nv; j++) acc[i][j] = V{};
-  for (int64_t p = 0; p < k; p++, a += mr, b += nr) {
+  for (int64_t p = 0; p < k; p++, a += mr, b += ldb) {
+    for (int j = 0; j < ahead; j += 64 / int(sizeof(T))) __builtin_prefetch(next + p * ahead + j, 0, 2);
     V bv[nv];
     EAC_UNROLL
     for (int j = 0; j < nv; j++) bv[j] = load<V>(b + j * lanes);
@@ -154,4 +164,16 @@ void tile(int64_t k, T alpha, const T* a, const T* b, bool accumulate, T* c, int
   if (!whole)
     for (int64_t i = 0; i < rows; i++)
       for (int64_t j = 0; j < cols; j++) c[i * ldc + j] = edge[i * nr + j];
+}
+
+template <class T, int mr, int nv> void tile(int64_t k, T alpha, const T* a, const T* b, int64_t ldb, const T* next,
+                                             bool accumulate, T* c, int64_t ldc, int64_t rows, int64_t cols) {
+  const auto run = [&](auto f) { f(k, alpha, a, b, ldb, next, accumulate, c, ldc, rows, cols); };
+  switch (tile_height<T, mr, nv>(rows)) {
+    case 1: return run(tile_of<T, 1, nv>);
+    case 2: return run(tile_of<T, 2, nv>);
+    case 4: return run(tile_of<T, 4, nv>);
+    case 8: return run(tile_of < T, mr < 8 ? mr : 8, nv >);
+    default: return run(tile_of<T, mr, nv>);
+  }
 }

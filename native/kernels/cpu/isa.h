@@ -63,12 +63,19 @@ struct SoftmaxInfo {
   float max, sum;
 };  // softmax = exp(x - max) / sum
 
+constexpr int64_t tile_prefetch = 4;
+
 template <class T> struct GemmKernels {
   int mr, nr;  // register tile of C
+  // Rows of the A panel for so many rows of C: the lowest tile that holds them.
+  int (*height)(int64_t rows);
   // Packs `count` <= width rows (or columns) as [k][width], zero padded; multiplies by scale[k] if scale is not null.
   void (*pack)(PackSource source, int64_t width, int64_t count, int64_t k, const float* scale, T* out);
-  // C tile (rows <= mr, cols <= nr) = alpha * A panel [k][mr] · B panel [k][nr], added to C if accumulate.
-  void (*tile)(int64_t k, T alpha, const T* a, const T* b, bool accumulate, T* c, int64_t ldc, int64_t rows, int64_t cols);
+  // C tile (rows <= mr, cols <= nr) = alpha * A panel [k][height(rows)] · B [k][nr], row stride ldb, added to C if accumulate.
+  // An element's sum runs over rising k, whatever the tile. B is read up to nr columns, also where cols is less.
+  // `next`: what a later tile reads of B; k * tile_prefetch elements of it are asked for meanwhile, k * nr by the lower tiles.
+  void (*tile)(int64_t k, T alpha, const T* a, const T* b, int64_t ldb, const T* next, bool accumulate, T* c, int64_t ldc,
+               int64_t rows, int64_t cols);
 };
 
 // Loops at a limit of the machine: so many steps of so many operations (a multiply-add is two), and reading memory (a multiple of
@@ -107,6 +114,11 @@ struct Isa {
   void (*exp_f32)(const float* in, int64_t n, float* out);
   void (*silu_mul)(float* gate, const float* up, int64_t n);  // gate = gate / (1 + exp(-gate)) * up
   SoftmaxInfo (*softmax_row)(float* x, int64_t n);            // in place; a row of -inf becomes zeros (sum 0)
+  // One block of an online softmax: scores s[i], lo <= i < hi, become exp(s - max'), all others of the n zeros, with max' the new maximum
+  // of *max and the scores; *max is updated, *shrink = exp(old max - max') is what earlier sums must be multiplied by. n a multiple of 16.
+  // Returns the sum. Nothing to see and a *max of -inf: zeros, shrink 1 or 0.
+  float (*softmax_block)(float* s, int64_t n, int64_t lo, int64_t hi, float* max, float* shrink);
+  void (*blend_f32)(float a, float* y, float b, const float* x, int64_t n);  // y = a * y + b * x
   float (*dot_f32)(const float* a, const float* b, int64_t n);
   void (*axpy_f32)(float alpha, const float* x, float* y, int64_t n);  // y += alpha * x
   void (*scale_f32)(float alpha, float* x, int64_t n);

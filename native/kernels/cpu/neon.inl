@@ -21,6 +21,7 @@ EAC_INLINE void store_int8(int8_t* p, I v) {
   const uint32x2_t bytes = (uint32x2_t)vmovn_s16(vcombine_s16(words, words));
   vst1_lane_u32((uint32_t*)p, bytes, 0);
 }
+EAC_INLINE void store_fours(float* p, int64_t, F v) { store(p, v); }
 EAC_INLINE I times_int16(I v, int32_t s) { return v * s; }
 
 #ifdef EAC_DOTPROD

@@ -60,9 +60,20 @@ EAC_INLINE F4 sum_lanes_4(F a, F b, F c, F d) {
 #endif
 }
 EAC_INLINE float max_lanes(F v) {
-  float m = v[0];
-  for (int i = 1; i < L; i++) m = v[i] > m ? v[i] : m;
-  return m;
+  alignas(sizeof(F)) float lanes[L];
+  store(lanes, v);
+  F4 m = load<F4>(lanes);
+  for (int i = 4; i < L; i += 4) {
+    const F4 q = load<F4>(lanes + i);
+    m = q > m ? q : m;
+  }
+  const float a = m[0] > m[1] ? m[0] : m[1], b = m[2] > m[3] ? m[2] : m[3];
+  return a > b ? a : b;
+}
+EAC_INLINE I lane_numbers() {
+  I n;
+  for (int i = 0; i < L; i++) n[i] = i;
+  return n;
 }
 
 // The first n < L elements, the others 0; and their way back.

@@ -13,9 +13,11 @@ namespace {
 
 // k_block is part of the result (a sum over blocks of sums), so it is the same for every level, shape and thread count.
 constexpr int64_t k_block = 256;
-constexpr int64_t row_block = 168;     // rows of A that stay in L2 while panels of B pass; a multiple of every mr
-constexpr int64_t super_block = 4032;  // rows and columns packed at a time: bounds the packed copies to 4 MB each in f32
+constexpr int64_t row_block = 168;      // rows of A that stay in L2 while panels of B pass; a multiple of every mr
+constexpr int64_t depth = 4 * k_block;  // packed at a time: a block of C comes to L2 once for that many k
+constexpr int64_t super_block = 2016;   // rows and columns packed at a time: bounds the packed copies to 8 MB each in f32
 
+constexpr int64_t max_tile = 16 * 32;  // elements of the largest register tile, mr × nr
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class T> const GemmKernels<T>& kernels() {
@@ -33,7 +35,7 @@ template <class T> struct Product {
   T* c;
   int64_t ldc;
   const float* scale = nullptr;  // (k) multiplies A while packing
-  bool lower = false;            // only tiles that touch the lower triangle
+  bool lower = false;            // C is symmetric: compute its lower triangle and copy it to the upper one
 };
 
 PackSource offset(const PackSource& s, int64_t i, int64_t k) {
@@ -49,58 +51,115 @@ template <class F> void for_each(bool parallel, int64_t n, F&& body) {
   }
 }
 
-// One operand's panels for one k block, a panel after the other.
-template <class T>
-void pack_panels(bool parallel, const PackSource& s, int64_t width, int64_t count, int64_t k, const float* scale, T* out) {
-  constexpr int64_t panels_per_task = 8;
-  const int64_t panels = ceil_div(count, width);
-  for_each(parallel, ceil_div(panels, panels_per_task), [&](int64_t task) {
-    const int64_t end = std::min(panels, (task + 1) * panels_per_task);
-    for (int64_t p = task * panels_per_task; p < end; p++)
-      kernels<T>().pack(offset(s, p * width, 0), width, std::min(width, count - p * width), k, scale, out + p * width * k);
+// One operand's panels for k0 <= k < k0 + k of `depth`: for each k block its panels, one after the other.
+template <class T> struct Panels {
+  PackSource source;
+  int64_t width, count, k;  // of a panel, of all rows (or columns), of the part of k
+  const float* scale;
+  T* out;
+  int (*last_width)(int64_t);  // of the last panel, by how many rows it holds; null: like the others
+
+  static constexpr int64_t per_task = 8;
+  int64_t panels() const { return ceil_div(count, width); }
+  int64_t tasks_per_block() const { return ceil_div(panels(), per_task); }
+  int64_t tasks() const { return tasks_per_block() * ceil_div(k, k_block); }
+  const T* block(int64_t k0) const { return out + panels() * width * k0; }
+  void pack(int64_t task) const {
+    const int64_t k0 = task / tasks_per_block() * k_block, n = std::min(k_block, k - k0);
+    const int64_t first = task % tasks_per_block() * per_task, end = std::min(panels(), first + per_task);
+    T* to = out + panels() * width * k0;
+    for (int64_t p = first; p < end; p++) {
+      const int64_t rows = std::min(width, count - p * width);
+      kernels<T>().pack(offset(source, p * width, k0), last_width ? last_width(rows) : width, rows, n,
+                        scale ? scale + k0 : nullptr, to + p * width * n);
+    }
+  }
+};
+
+// Rows [i0, i1) and columns [j0, j1) of C.
+struct Block {
+  int64_t i0, i1, j0, j1;
+};
+
+// One block of C from packed panels of its rows and columns.
+template <class T> void block_product(const Product<T>& p, const T* a, const T* b, const Block& at, int64_t k, bool accumulate) {
+  const auto& kern = kernels<T>();
+  for (int64_t j = at.j0; j < at.j1; j += kern.nr, b += kern.nr * k) {
+    const T *panel = a, *next = b + kern.nr * k, *next_end = next + kern.nr * k;
+    for (int64_t i = at.i0; i < at.i1; i += kern.mr, panel += kern.mr * k, next = std::min(next + tile_prefetch * k, next_end)) {
+      const int64_t rows = std::min<int64_t>(kern.mr, at.i1 - i), cols = std::min<int64_t>(kern.nr, at.j1 - j);
+      T* c = p.c + i * p.ldc + j;
+      if (!p.lower || j + cols - 1 <= i) {
+        kern.tile(k, p.alpha, panel, b, kern.nr, next, accumulate, c, p.ldc, rows, cols);
+      } else if (j < i + rows) {  // a tile on the diagonal: its upper part belongs to mirror()
+        T copy[max_tile];
+        for (int64_t r = 0; r < rows; r++) std::copy_n(c + r * p.ldc, cols, copy + r * cols);
+        kern.tile(k, p.alpha, panel, b, kern.nr, next, accumulate, copy, cols, rows, cols);
+        for (int64_t r = 0; r < rows; r++)
+          std::copy_n(copy + r * cols, std::clamp<int64_t>(i + r - j + 1, 0, cols), c + r * p.ldc);
+      }
+    }
+  }
+}
+
+// The elements of a block below the diagonal, copied to above it. In squares, so that reads and writes are whole cache lines.
+void mirror(const Product<float>& p, const Block& at) {
+  constexpr int64_t edge = 16;
+  float square[edge * edge];
+  for (int64_t j = at.j0; j < at.j1; j += edge)
+    for (int64_t i = std::max(at.i0, j); i < at.i1; i += edge) {
+      const int64_t rows = std::min(edge, at.i1 - i), cols = std::min(edge, at.j1 - j);
+      kernels<float>().pack({p.c + i * p.ldc + j, DType::f32, p.ldc, 1}, edge, rows, cols, nullptr, square);
+      for (int64_t c = 0; c < cols; c++) {
+        const int64_t skip = std::clamp<int64_t>(j + c - i, 0, rows);
+        std::copy(square + c * edge + skip, square + c * edge + rows, p.c + (j + c) * p.ldc + i + skip);
+      }
+    }
+}
+
+// Columns that one task takes: fewer while there are too few tasks to keep all threads busy to the end.
+int64_t task_columns(int64_t row_tasks, int64_t n, int64_t nr, int64_t threads) {
+  int64_t width = 512;
+  while (threads > 1 && width > 64 && row_tasks * ceil_div(n, width) < 6 * threads) width /= 2;
+  return ceil_div(width, nr) * nr;
+}
+
+// The part of C and of k that is packed at a time.
+template <class T> void pass(const Product<T>& p, bool parallel, const Block& at, int64_t k0) {
+  thread_local Scratch scratch_a, scratch_b;
+  const auto& kern = kernels<T>();
+  const int64_t m = at.i1 - at.i0, n = at.j1 - at.j0, k = std::min(depth, p.k - k0);
+  const Panels<T> a{offset(p.a, at.i0, k0),
+                    kern.mr,
+                    m,
+                    k,
+                    p.scale ? p.scale + k0 : nullptr,
+                    scratch_a.get<T>(ceil_div(m, kern.mr) * kern.mr * k),
+                    kern.height};
+  const Panels<T> b{
+      offset(p.b, at.j0, k0), kern.nr, n, k, nullptr, scratch_b.get<T>(ceil_div(n, kern.nr) * kern.nr * k), nullptr};
+  for_each(parallel, a.tasks() + b.tasks(), [&](int64_t task) { task < a.tasks() ? a.pack(task) : b.pack(task - a.tasks()); });
+  // Tasks in a row share rows of A, whose panels stay in L2.
+  const int64_t row_tasks = ceil_div(m, row_block), width = task_columns(row_tasks, n, kern.nr, parallel ? thread_count() : 1),
+                column_tasks = ceil_div(n, width);
+  for_each(parallel, row_tasks * column_tasks, [&](int64_t task) {
+    const int64_t i = task / column_tasks * row_block, j = task % column_tasks * width;
+    const Block block{at.i0 + i, std::min(at.i1, at.i0 + i + row_block), at.j0 + j, std::min(at.j1, at.j0 + j + width)};
+    if (p.lower && block.j0 >= block.i1) return;
+    for (int64_t kb = 0; kb < k; kb += k_block) {
+      const int64_t size = std::min(k_block, k - kb);
+      block_product(p, a.block(kb) + i * size, b.block(kb) + j * size, block, size, p.accumulate || k0 + kb > 0);
+    }
+    if constexpr (sizeof(T) == 4)
+      if (p.lower && k0 + k == p.k) mirror(p, block);
   });
 }
 
-// One block of rows times one range of columns, from packed panels. (i0, j0): where the packed part lies in C.
-template <class T> void block_product(const Product<T>& p, const T* a, const T* b, int64_t i0, int64_t j0, int64_t rows_begin,
-                                      int64_t rows_end, int64_t cols_begin, int64_t cols_end, int64_t k, bool accumulate) {
-  const auto& kern = kernels<T>();
-  for (int64_t j = cols_begin; j < cols_end; j += kern.nr)
-    for (int64_t i = rows_begin; i < rows_end; i += kern.mr) {
-      const int64_t rows = std::min<int64_t>(kern.mr, rows_end - i), cols = std::min<int64_t>(kern.nr, cols_end - j);
-      if (p.lower && j0 + j > i0 + i + rows - 1) continue;
-      kern.tile(k, p.alpha, a + i * k, b + j * k, accumulate, p.c + (i0 + i) * p.ldc + j0 + j, p.ldc, rows, cols);
-    }
-}
-
 template <class T> void run(const Product<T>& p, bool parallel) {
-  thread_local Scratch scratch_a, scratch_b;
-  const auto& kern = kernels<T>();
-  const int64_t threads = parallel ? thread_count() : 1;
-  for (int64_t j0 = 0; j0 < p.n; j0 += super_block)
-    for (int64_t i0 = 0; i0 < p.m; i0 += super_block) {
-      const int64_t n = std::min(super_block, p.n - j0), m = std::min(super_block, p.m - i0);
-      if (p.lower && j0 > i0 + m - 1) continue;
-      T* a = scratch_a.get<T>(ceil_div(m, kern.mr) * kern.mr * std::min(p.k, k_block));
-      T* b = scratch_b.get<T>(ceil_div(n, kern.nr) * kern.nr * std::min(p.k, k_block));
-      // Narrower column ranges while there are too few pieces to keep all threads busy to the end.
-      const int64_t row_pieces = ceil_div(m, row_block);
-      int64_t width = threads == 1 ? super_block : 512;
-      while (width > 64 && row_pieces * ceil_div(n, width) < 6 * threads) width /= 2;
-      if (threads > 1)
-        width = ceil_div(width, kern.nr) * kern.nr;
-      else
-        width = ceil_div(n, kern.nr) * kern.nr;
-      for (int64_t k0 = 0; k0 < p.k; k0 += k_block) {
-        const int64_t k = std::min(k_block, p.k - k0);
-        pack_panels(parallel, offset(p.a, i0, k0), kern.mr, m, k, p.scale ? p.scale + k0 : nullptr, a);
-        pack_panels(parallel, offset(p.b, j0, k0), kern.nr, n, k, nullptr, b);
-        for_each(parallel, row_pieces * ceil_div(n, width), [&](int64_t task) {
-          const int64_t i = task % row_pieces * row_block, j = task / row_pieces * width;
-          block_product(p, a, b, i0, j0, i, std::min(m, i + row_block), j, std::min(n, j + width), k, p.accumulate || k0 > 0);
-        });
-      }
-    }
+  for (int64_t j = 0; j < p.n; j += super_block)
+    for (int64_t i = p.lower ? j : 0; i < p.m; i += super_block)
+      for (int64_t k = 0; k < p.k; k += depth)
+        pass(p, parallel, {i, std::min(p.m, i + super_block), j, std::min(p.n, j + super_block)}, k);
 }
 
 template <class T> void gemm(int64_t m, int64_t n, int64_t k, T alpha, const Operand& a, const Operand& b, T beta, T* c,
@@ -150,15 +209,7 @@ void syrk_f32(int64_t m, int64_t n, float alpha, const float* x, int64_t ldx, co
                          .ldc = ldc,
                          .scale = w,
                          .lower = true};
-  const bool parallel = thread_count() > 1 && double(n) * double(n) * double(m) > 1e6;
-  run(p, parallel);
-  constexpr int64_t edge = 64;  // mirrored in squares, so that reads and writes both stay in the cache
-  const int64_t squares = ceil_div(n, edge);
-  for_each(parallel, squares, [&](int64_t si) {
-    for (int64_t sj = 0; sj <= si; sj++)
-      for (int64_t i = si * edge; i < std::min(n, (si + 1) * edge); i++)
-        for (int64_t j = sj * edge; j < std::min(i, (sj + 1) * edge); j++) c[j * ldc + i] = c[i * ldc + j];
-  });
+  run(p, thread_count() > 1 && double(n) * double(n) * double(m) > 1e6);
 }
 
 }  // namespace eac

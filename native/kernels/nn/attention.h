@@ -20,13 +20,16 @@ struct Rope {
 };
 void rope(float* x, int64_t width, const std::vector<Sequence>& sequences, const Rope& r);
 
-// SHAPES      q, out (n × heads*head_dim); k, v (n × kv_heads*head_dim); heads a multiple of kv_heads
+// SHAPES      q, out (n × heads*head_dim); k, v (n × kv_heads*head_dim); heads a multiple of kv_heads; sinks (heads) or empty
 // DEFINITION  k and v are appended to the sequence's cache at `layer` (not yet counted in its length); token at position p then attends
-//             to positions max(0, p - window + 1) .. p (window 0: from 0):  out = softmax(scale q.k) v
-// REGULARITY  A token's result does not depend on how its sequence was cut into batches, but for rounding in the last bits.
+//             to positions max(0, p - window + 1) .. p (window 0: from 0):  out = softmax(scale q.k) v.
+//             A sink is a logit of its head that joins the softmax's denominator and has no value (gpt-oss).
+// REGULARITY  A token's result does not depend on how its sequence was cut into batches, on the rest of the batch or on threads: decoding
+//             gives bit for bit what prefill gives (on one instruction set, for finite keys and values).
 struct Attention {
   int64_t layer = 0, heads = 0, kv_heads = 0, head_dim = 0, window = 0;
   float scale = 1;
+  std::vector<float> sinks = {};
 };
 void attention(const float* q, const float* k, const float* v, const std::vector<Sequence>& sequences, const Attention& a,
                float* out);

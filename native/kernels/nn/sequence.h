@@ -8,7 +8,10 @@
 
 namespace eac {
 
-// Keys and values of one sequence, a layer after the other; rows are tokens. Capacity doubles when it runs out.
+// Keys and values of one sequence, layer by layer, in blocks of kv_block tokens whose layout is attention's (attention.cpp). Capacity
+// doubles when it runs out.
+inline constexpr int64_t kv_block = 128;
+
 class KvCache {
  public:
   struct Widths {
@@ -16,16 +19,17 @@ class KvCache {
   };
   explicit KvCache(std::vector<Widths> widths) : widths_(std::move(widths)), keys_(widths_.size()), values_(widths_.size()) {}
 
-  int64_t length = 0;  // tokens that count; rows beyond are scratch of the batch in flight
+  int64_t length = 0;  // tokens that count; those beyond are scratch of the batch in flight
 
   size_t layers() const { return widths_.size(); }
   Widths widths(size_t layer) const { return widths_[layer]; }
   float* keys(size_t layer) const { return keys_[layer].f32(); }
   float* values(size_t layer) const { return values_[layer].f32(); }
 
+  // Room for `tokens` tokens.
   void reserve(int64_t tokens) {
     if (tokens <= capacity_) return;
-    const int64_t wanted = std::max<int64_t>({tokens, 2 * capacity_, 64});
+    const int64_t wanted = (std::max(tokens, 2 * capacity_) + kv_block - 1) / kv_block * kv_block;
     for (size_t l = 0; l < layers(); l++) {
       keys_[l] = grown(keys_[l], wanted, widths_[l].key);
       values_[l] = grown(values_[l], wanted, widths_[l].value);
@@ -39,11 +43,13 @@ class KvCache {
   }
 
  private:
-  Tensor grown(const Tensor& old, int64_t rows, int64_t width) const {
-    Tensor t = Tensor::zeros(DType::f32, {rows, width});
-    if (length > 0) std::memcpy(t.data, old.data, size_t(length * width) * sizeof(float));
+  Tensor grown(const Tensor& old, int64_t tokens, int64_t width) const {
+    Tensor t = Tensor::zeros(DType::f32, {tokens + kv_padding, width});
+    const int64_t used = (length + kv_block - 1) / kv_block * kv_block;
+    if (used > 0) std::memcpy(t.data, old.data, size_t(used * width) * sizeof(float));
     return t;
   }
+  static constexpr int64_t kv_padding = 64;  // vectors may be read from the last token on
   std::vector<Widths> widths_;
   std::vector<Tensor> keys_, values_;
   int64_t capacity_ = 0;
