@@ -129,6 +129,8 @@ void attention_matches_oracle() {
   for (const auto& [heads, kv_heads] : {std::pair<int64_t, int64_t>{1, 1}, {4, 2}, {6, 1}, {4, 4}})
     for (const int64_t window : {0, 1, 7, 100})
       for (const int64_t n : {1, 2, 70, 150}) attention_case({0, heads, kv_heads, 16, window, 0.25f}, n, {1, 13, 64});
+  // As many query rows as leave a low last tile of every height.
+  for (int64_t n = 3; n < 34; n++) attention_case({0, 1, 1, 16, 0, 0.25f}, n, {n});
   // Head widths that no vector divides; chunks of keys (512) merged, few heads on several threads; a window across chunks.
   for (const int64_t d : {3, 40, 80}) attention_case({0, 3, 1, d, 0, 0.2f}, 140, {1, 50});
   attention_case({0, 2, 1, 32, 0, 0.2f}, 1100, {1, 300});

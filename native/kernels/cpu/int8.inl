@@ -12,7 +12,7 @@
 // The primitives' file defines: Quads (activations loaded at once: four channels of one or more steps), Narrow (accumulator of the
 // multiply-adds), narrow_units<bits>, multiply_add, widen, times_int16, store_int8, store_fours (lanes 4 i .. to p + i * stride).
 
-constexpr int vectors = 16 / L;         // of a panel's step
+constexpr int vectors = 16 / L;  // of a panel's step
 constexpr int quads = sizeof(Quads) / 4;
 constexpr int64_t chunk_units = 8;      // unpacked at a time: 256 channels
 constexpr int64_t unpacked_unit = 512;  // bytes
@@ -77,7 +77,7 @@ template <int bits, int limit, int P, int T> EAC_INLINE void int8_tile(const Int
         EAC_UNROLL
         for (int s = 0; s < 8; s++) {
           if (s % quads == 0) EAC_UNROLL
-            for (int t = 0; t < T; t++) four[t] = load<Quads>(x[t] + s * 4);
+          for (int t = 0; t < T; t++) four[t] = load<Quads>(x[t] + s * 4);
           EAC_UNROLL
           for (int p = 0; p < P; p++) EAC_UNROLL
           for (int v = 0; v < vectors; v++) {

@@ -49,7 +49,5 @@ EAC_INLINE Narrow multiply_add(Narrow sum, U w, Quads x, int) {
   const int8x16_t codes = (int8x16_t)w, four = (int8x16_t)vdupq_n_s32(x);
   return {vmlal_s8(sum.low, vget_low_s8(codes), vget_low_s8(four)), vmlal_high_s8(sum.high, codes, four)};
 }
-EAC_INLINE I widen(I sum, Narrow n) {
-  return sum + (I)vpaddq_s32(vpaddlq_s16(n.low), vpaddlq_s16(n.high));
-}
+EAC_INLINE I widen(I sum, Narrow n) { return sum + (I)vpaddq_s32(vpaddlq_s16(n.low), vpaddlq_s16(n.high)); }
 #endif

@@ -61,6 +61,8 @@ struct Kernel {
 
   int64_t tokens_per_span() const { return std::max<int64_t>(1, row_tiles * kern.gemm_f32.mr / group); }
   int64_t rows(const Span& s) const { return s.count * group; }
+  // Floats of the panels of n query rows: every panel may be as high as the tallest.
+  int64_t panel_floats(int64_t n) const { return ceil_div(n, kern.gemm_f32.mr) * kern.gemm_f32.mr * a.head_dim; }
   // Row r of a span: a query head of one of its tokens, which sees the positions [first, end).
   int64_t end(const Span& s, int64_t r) const { return s.sequence->position + s.token + r / group + 1; }
   int64_t first(const Span& s, int64_t r) const { return a.window > 0 ? std::max<int64_t>(0, end(s, r) - a.window) : 0; }
@@ -147,7 +149,7 @@ struct Kernel {
   void attend(const Span& s) const {
     thread_local Scratch scratch;
     const int64_t n = rows(s), floats = State::floats(n, a.head_dim);
-    float* memory = scratch.get<float>(2 * floats + ceil_div(n, 16) * 16 * a.head_dim);
+    float* memory = scratch.get<float>(2 * floats + panel_floats(n));
     float* queries = memory + 2 * floats;
     pack_queries(s, queries);
     const State total(memory, n), part(memory + floats, n);
@@ -174,7 +176,7 @@ struct Kernel {
     parallel_for(offsets.back(), [&](int64_t piece) {
       thread_local Scratch own;
       const size_t i = size_t(std::upper_bound(begin, begin + spans.size() + 1, piece) - begin - 1);
-      float* queries = own.get<float>(ceil_div(most, 16) * 16 * a.head_dim);
+      float* queries = own.get<float>(panel_floats(most));
       pack_queries(spans[i], queries);
       attend_chunk(spans[i], queries, first_chunk(spans[i]) + piece - begin[i], State(memory + piece * floats, rows(spans[i])));
     });
