@@ -1,0 +1,251 @@
+/**
+ * Ours against llama.cpp (node-llama-cpp) on random models of equal shape, in one run, taking turns:
+ * the MoE layer (scripts/peers/layer.ts) and a whole model (scripts/peers/whole.ts).
+ *
+ *   npm run bench:peers -- [--part layer,model] [--shapes mixtral] [--bits 4,3,2] [--tokens 1,8,32,512] [--rounds 5] [--json]
+ *
+ * Exit code 1 with a message when node-llama-cpp is missing or has no binary here.
+ */
+import { rmSync } from 'node:fs';
+import { mkdtemp } from 'node:fs/promises';
+import { availableParallelism, cpus, loadavg, tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { Command, Option } from 'commander';
+import type { GgmlTypeName } from './peers/gguf';
+import { compareLayer, type LayerRow } from './peers/layer';
+import { SHAPES, type Shape } from './peers/models';
+import { PeerUnavailable, Side, type SideInfo } from './peers/side';
+import { line, short, type Column } from './peers/table';
+import { compareWhole, DECODE, PREFILL, type WholeRow } from './peers/whole';
+
+interface Options {
+  part: string;
+  shapes: string;
+  bits: string;
+  tokens: string;
+  rounds: string;
+  threads: string;
+  activations: string;
+  layers: string;
+  head: GgmlTypeName;
+  json?: boolean;
+}
+
+const NOTES = {
+  layer: `A layer's time is the difference of two models over the layers between them. It holds, on both sides, the experts and two norms,
+attention with one head of 64 channels and the router. GB/s: weights of the experts chosen, in the side's own bytes.
+GFLOP/s: the experts' operations.`,
+  model: `Prefill ${PREFILL} tokens and choose the next, then decode ${DECODE}; the ids fed are random and equal on both sides. Vocabulary 32,000. Ours: head and
+embedding bf16, attention and shared expert 4 bit. llama.cpp: every matrix of the type named but the head; last layer's feed-forward
+for the last token only; its times hold the event loop's turn and native greedy sampling. Memory: peak of the process, mapped pages included.`,
+};
+
+const LAYER_COLUMNS: Column[] = [
+  { title: 'shape', width: 13, align: 'left' },
+  { title: 'tokens', width: 6 },
+  { title: 'bits', width: 4 },
+  { title: 'ours ms', width: 8 },
+  { title: 'GB/s', width: 6 },
+  { title: 'GFLOP/s', width: 7 },
+  { title: 'peer', width: 5 },
+  { title: 'ms', width: 8 },
+  { title: 'GB/s', width: 6 },
+  { title: 'GFLOP/s', width: 7 },
+  { title: 'ratio', width: 6 },
+];
+
+const WHOLE_COLUMNS: Column[] = [
+  { title: 'bits', width: 4 },
+  { title: 'peer', width: 5 },
+  { title: 'prefill ours', width: 12 },
+  { title: 'peer', width: 6 },
+  { title: 'ratio', width: 5 },
+  { title: 'decode ours', width: 11 },
+  { title: 'peer', width: 6 },
+  { title: 'ratio', width: 5 },
+  { title: 'memory ours', width: 11 },
+  { title: 'peer', width: 8 },
+];
+
+function layerCells({ shape, tokens, bits, peerType, ours, peer, ratio }: LayerRow): string[] {
+  const figures = (f: LayerRow['ours']) => [short(f.ms), short(f.gbs), short(f.gflops)];
+  return [
+    shape.name,
+    `${tokens}`,
+    `${bits}`,
+    ...figures(ours),
+    peerType,
+    ...figures(peer),
+    `${ratio.toFixed(2)} x`,
+  ];
+}
+
+function wholeCells({ bits, peerType, ours, peer }: WholeRow): string[] {
+  const pair = (a: number, b: number) => [short(a), short(b), (a / b).toFixed(2)];
+  const mb = (bytes: number) => `${Math.round(bytes / 1e6)} MB`;
+  return [
+    `${bits}`,
+    peerType,
+    ...pair(ours.prefill, peer.prefill),
+    ...pair(ours.decode, peer.decode),
+    mb(ours.peakMemory),
+    mb(peer.peakMemory),
+  ];
+}
+
+function parseOptions(): Options {
+  return new Command('bench:peers')
+    .option('--part <list>', 'layer, model or both', 'layer,model')
+    .option('--shapes <list>', SHAPES.map((s) => s.name).join(', '), SHAPES.map((s) => s.name).join(','))
+    .option('--bits <list>', 'bit widths of the experts', '4,3,2')
+    .option('--tokens <list>', 'tokens at a time, up to 512', '1,8,32,512')
+    .option('--rounds <n>', 'measurements a figure', '5')
+    .option('--threads <n>', 'of either side', `${availableParallelism()}`)
+    .option('--activations <kind>', 'ours: int8 or float32', 'int8')
+    .option('--layers <n>', 'of the whole model', '2')
+    .addOption(
+      new Option('--head <type>', "the peer's head in the whole model; Q6_K is llama-quantize's choice")
+        .choices(['Q6_K', 'F16', 'Q4_0'])
+        .default('Q6_K'),
+    )
+    .option('--json', 'print one JSON object')
+    .parse()
+    .opts<Options>();
+}
+
+function list<T>(what: string, text: string, parse: (item: string) => T | undefined): T[] {
+  return text.split(',').map((item) => {
+    const value = parse(item.trim());
+    if (value === undefined) throw new RangeError(`--${what}: '${item}' is not one of its values`);
+    return value;
+  });
+}
+
+const shapeNamed = (name: string): Shape | undefined => SHAPES.find((s) => s.name === name);
+const bitsOf = (text: string) => ([2, 3, 4] as const).find((bits) => `${bits}` === text);
+const integer = (least: number, most: number) => (text: string) => {
+  const n = Number(text);
+  return Number.isInteger(n) && n >= least && n <= most ? n : undefined;
+};
+
+interface Report {
+  cpu: string;
+  loadAverage: number;
+  threads: number;
+  rounds: number;
+  activations: string;
+  ours?: SideInfo;
+  peer?: SideInfo;
+  layer: LayerRow[];
+  model: WholeRow[];
+  notes: typeof NOTES;
+}
+
+async function runLayers(
+  o: Options,
+  report: Report,
+  dir: string,
+  print: (text: string) => void,
+): Promise<void> {
+  const shapes = list('shapes', o.shapes, shapeNamed);
+  const widths = list('bits', o.bits, bitsOf);
+  const tokens = list('tokens', o.tokens, integer(1, 512));
+  const { threads, activations, rounds } = report;
+  const title = line(
+    LAYER_COLUMNS,
+    LAYER_COLUMNS.map((c) => c.title),
+  );
+  print(`\nMoE layer\n${title}`);
+  for (const shape of shapes) {
+    for (const bits of widths) {
+      const sides: Side[] = [];
+      try {
+        sides.push(await Side.start('ours', { threads, activations }), await Side.start('peer', { threads }));
+        const onRow = (row: LayerRow) => print(line(LAYER_COLUMNS, layerCells(row)));
+        report.layer.push(
+          ...(await compareLayer(sides as [Side, Side], shape, bits, { tokens, rounds, dir, onRow })),
+        );
+      } finally {
+        for (const side of sides) await side.stop();
+      }
+    }
+  }
+  print(NOTES.layer);
+}
+
+async function runModels(
+  o: Options,
+  report: Report,
+  dir: string,
+  print: (text: string) => void,
+): Promise<void> {
+  const { threads, activations, rounds } = report;
+  const layers = list('layers', o.layers, integer(1, 24))[0]!;
+  const title = line(
+    WHOLE_COLUMNS,
+    WHOLE_COLUMNS.map((c) => c.title),
+  );
+  print(`\nWhole model, ${layers} layers, tokens a second; llama.cpp's head ${o.head}\n${title}`);
+  for (const bits of list('bits', o.bits, bitsOf)) {
+    const row = await compareWhole(bits, { threads, activations, rounds, layers, headType: o.head, dir });
+    report.model.push(row);
+    print(line(WHOLE_COLUMNS, wholeCells(row)));
+  }
+  print(NOTES.model);
+}
+
+/** Fails early when the peer is missing. */
+async function describeSides(report: Report): Promise<void> {
+  const { threads, activations } = report;
+  for (const which of ['peer', 'ours'] as const) {
+    const side = await Side.start(which, { threads, activations });
+    report[which] = side.info;
+    await side.stop();
+  }
+}
+
+async function main(): Promise<void> {
+  const o = parseOptions();
+  const parts = list('part', o.part, (p) => (p === 'layer' || p === 'model' ? p : undefined));
+  const report: Report = {
+    cpu: cpus()[0]?.model ?? 'unknown',
+    loadAverage: loadavg()[0]!,
+    threads: list('threads', o.threads, integer(1, 1024))[0]!,
+    rounds: list('rounds', o.rounds, integer(1, 1000))[0]!,
+    activations: o.activations,
+    layer: [],
+    model: [],
+    notes: NOTES,
+  };
+  const print = (text: string) => {
+    if (!o.json) console.log(text);
+  };
+  await describeSides(report);
+  print(
+    `${report.cpu}, ${report.threads} threads, load average ${report.loadAverage.toFixed(2)} before the start`,
+  );
+  print(`ours: ${report.ours!.name}, ${report.ours!.cpu}, ${o.activations} activations`);
+  print(`peer: ${report.peer!.name}, ${report.peer!.cpu}`);
+  const dir = await mkdtemp(join(tmpdir(), 'eac-moe-peers-'));
+  const remove = () => rmSync(dir, { recursive: true, force: true });
+  process.once('SIGINT', () => {
+    remove();
+    process.exit(130);
+  });
+  try {
+    if (parts.includes('layer')) await runLayers(o, report, dir, print);
+    if (parts.includes('model')) await runModels(o, report, dir, print);
+  } finally {
+    remove();
+  }
+  if (o.json) console.log(JSON.stringify(report, null, 2));
+}
+
+main().catch((error: unknown) => {
+  const message = error instanceof Error ? error.message : String(error);
+  const cure = 'npm ci installs it on Linux x64 and arm64 with glibc';
+  console.error(
+    error instanceof PeerUnavailable ? `node-llama-cpp cannot be used here (${message}); ${cure}` : message,
+  );
+  process.exitCode = 1;
+});
