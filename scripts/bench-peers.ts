@@ -2,7 +2,7 @@
  * Ours against llama.cpp (node-llama-cpp) on random models of equal shape, in one run, taking turns:
  * the MoE layer (scripts/peers/layer.ts) and a whole model (scripts/peers/whole.ts).
  *
- *   npm run bench:peers -- [--part layer,model] [--shapes mixtral] [--bits 4,3,2] [--tokens 1,8,32,512] [--rounds 5] [--json]
+ *   npm run bench:peers -- [--part layer,model] [--shape mixtral] [--bits 4,3,2] [--tokens 1,8,32,512] [--rounds 5] [--json]
  *
  * Exit code 1 with a message when node-llama-cpp is missing or has no binary here.
  */
@@ -11,16 +11,18 @@ import { mkdtemp } from 'node:fs/promises';
 import { availableParallelism, cpus, loadavg, tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { Command, Option } from 'commander';
+import { significant, table } from '../lib/bench/report';
+import { parseShape, SHAPES, type LayerShape } from '../lib/bench/shapes';
+import { measureLimits } from '../lib/kernels';
+import type { MachineLimits } from '../types/native';
 import type { GgmlTypeName } from './peers/gguf';
 import { compareLayer, type LayerRow } from './peers/layer';
-import { SHAPES, type Shape } from './peers/models';
 import { PeerUnavailable, Side, type SideInfo } from './peers/side';
-import { line, short, type Column } from './peers/table';
 import { compareWhole, DECODE, PREFILL, type WholeRow } from './peers/whole';
 
 interface Options {
   part: string;
-  shapes: string;
+  shape?: string[];
   bits: string;
   tokens: string;
   rounds: string;
@@ -40,48 +42,27 @@ embedding bf16, attention and shared expert 4 bit. llama.cpp: every matrix of th
 for the last token only; its times hold the event loop's turn and native greedy sampling. Memory: peak of the process, mapped pages included.`,
 };
 
-const LAYER_COLUMNS: Column[] = [
-  { title: 'shape', width: 13, align: 'left' },
-  { title: 'tokens', width: 6 },
-  { title: 'bits', width: 4 },
-  { title: 'ours ms', width: 8 },
-  { title: 'GB/s', width: 6 },
-  { title: 'GFLOP/s', width: 7 },
-  { title: 'peer', width: 5 },
-  { title: 'ms', width: 8 },
-  { title: 'GB/s', width: 6 },
-  { title: 'GFLOP/s', width: 7 },
-  { title: 'ratio', width: 6 },
+const LAYER_HEAD = ['tokens', 'bits', 'ours ms', 'GB/s', 'GFLOP/s', 'peer', 'ms', 'GB/s', 'GFLOP/s', 'ratio'];
+const MODEL_HEAD = [
+  'bits',
+  'peer',
+  'prefill ours',
+  'peer',
+  'ratio',
+  'decode ours',
+  'peer',
+  'ratio',
+  'memory ours',
+  'peer',
 ];
 
-const WHOLE_COLUMNS: Column[] = [
-  { title: 'bits', width: 4 },
-  { title: 'peer', width: 5 },
-  { title: 'prefill ours', width: 12 },
-  { title: 'peer', width: 6 },
-  { title: 'ratio', width: 5 },
-  { title: 'decode ours', width: 11 },
-  { title: 'peer', width: 6 },
-  { title: 'ratio', width: 5 },
-  { title: 'memory ours', width: 11 },
-  { title: 'peer', width: 8 },
-];
-
-function layerCells({ shape, tokens, bits, peerType, ours, peer, ratio }: LayerRow): string[] {
-  const figures = (f: LayerRow['ours']) => [short(f.ms), short(f.gbs), short(f.gflops)];
-  return [
-    shape.name,
-    `${tokens}`,
-    `${bits}`,
-    ...figures(ours),
-    peerType,
-    ...figures(peer),
-    `${ratio.toFixed(2)} x`,
-  ];
+function layerCells({ tokens, bits, peerType, ours, peer, ratio }: LayerRow): string[] {
+  const figures = (f: LayerRow['ours']) => [f.ms, f.gbs, f.gflops].map(significant);
+  return [`${tokens}`, `${bits}`, ...figures(ours), peerType, ...figures(peer), ratio.toFixed(2)];
 }
 
-function wholeCells({ bits, peerType, ours, peer }: WholeRow): string[] {
-  const pair = (a: number, b: number) => [short(a), short(b), (a / b).toFixed(2)];
+function modelCells({ bits, peerType, ours, peer }: WholeRow): string[] {
+  const pair = (a: number, b: number) => [significant(a), significant(b), (a / b).toFixed(2)];
   const mb = (bytes: number) => `${Math.round(bytes / 1e6)} MB`;
   return [
     `${bits}`,
@@ -96,7 +77,7 @@ function wholeCells({ bits, peerType, ours, peer }: WholeRow): string[] {
 function parseOptions(): Options {
   return new Command('bench:peers')
     .option('--part <list>', 'layer, model or both', 'layer,model')
-    .option('--shapes <list>', SHAPES.map((s) => s.name).join(', '), SHAPES.map((s) => s.name).join(','))
+    .option('--shape <shape...>', `${SHAPES.map((s) => s.name).join(', ')} or H,I,E,K (default: these)`)
     .option('--bits <list>', 'bit widths of the experts', '4,3,2')
     .option('--tokens <list>', 'tokens at a time, up to 512', '1,8,32,512')
     .option('--rounds <n>', 'measurements a figure', '5')
@@ -121,7 +102,6 @@ function list<T>(what: string, text: string, parse: (item: string) => T | undefi
   });
 }
 
-const shapeNamed = (name: string): Shape | undefined => SHAPES.find((s) => s.name === name);
 const bitsOf = (text: string) => ([2, 3, 4] as const).find((bits) => `${bits}` === text);
 const integer = (least: number, most: number) => (text: string) => {
   const n = Number(text);
@@ -136,6 +116,7 @@ interface Report {
   activations: string;
   ours?: SideInfo;
   peer?: SideInfo;
+  limits?: MachineLimits;
   layer: LayerRow[];
   model: WholeRow[];
   notes: typeof NOTES;
@@ -147,28 +128,27 @@ async function runLayers(
   dir: string,
   print: (text: string) => void,
 ): Promise<void> {
-  const shapes = list('shapes', o.shapes, shapeNamed);
+  const shapes: readonly LayerShape[] = o.shape?.map(parseShape) ?? SHAPES;
   const widths = list('bits', o.bits, bitsOf);
   const tokens = list('tokens', o.tokens, integer(1, 512));
   const { threads, activations, rounds } = report;
-  const title = line(
-    LAYER_COLUMNS,
-    LAYER_COLUMNS.map((c) => c.title),
-  );
-  print(`\nMoE layer\n${title}`);
   for (const shape of shapes) {
+    const rows: LayerRow[] = [];
     for (const bits of widths) {
       const sides: Side[] = [];
       try {
         sides.push(await Side.start('ours', { threads, activations }), await Side.start('peer', { threads }));
-        const onRow = (row: LayerRow) => print(line(LAYER_COLUMNS, layerCells(row)));
-        report.layer.push(
-          ...(await compareLayer(sides as [Side, Side], shape, bits, { tokens, rounds, dir, onRow })),
-        );
+        rows.push(...(await compareLayer(sides as [Side, Side], shape, bits, { tokens, rounds, dir })));
       } finally {
         for (const side of sides) await side.stop();
       }
     }
+    report.layer.push(...rows);
+    const { name, hidden, width, experts, topK } = shape;
+    print(
+      `\nMoE layer, ${name}: hidden ${hidden}, expert width ${width}, ${experts} experts, ${topK} a token`,
+    );
+    print(table([LAYER_HEAD, ...rows.map(layerCells)]).trimEnd());
   }
   print(NOTES.layer);
 }
@@ -181,16 +161,12 @@ async function runModels(
 ): Promise<void> {
   const { threads, activations, rounds } = report;
   const layers = list('layers', o.layers, integer(1, 24))[0]!;
-  const title = line(
-    WHOLE_COLUMNS,
-    WHOLE_COLUMNS.map((c) => c.title),
-  );
-  print(`\nWhole model, ${layers} layers, tokens a second; llama.cpp's head ${o.head}\n${title}`);
-  for (const bits of list('bits', o.bits, bitsOf)) {
-    const row = await compareWhole(bits, { threads, activations, rounds, layers, headType: o.head, dir });
-    report.model.push(row);
-    print(line(WHOLE_COLUMNS, wholeCells(row)));
-  }
+  for (const bits of list('bits', o.bits, bitsOf))
+    report.model.push(
+      await compareWhole(bits, { threads, activations, rounds, layers, headType: o.head, dir }),
+    );
+  print(`\nWhole model, ${layers} layers, tokens a second; llama.cpp's head ${o.head}`);
+  print(table([MODEL_HEAD, ...report.model.map(modelCells)]).trimEnd());
   print(NOTES.model);
 }
 
@@ -202,6 +178,7 @@ async function describeSides(report: Report): Promise<void> {
     report[which] = side.info;
     await side.stop();
   }
+  report.limits = await measureLimits({ threads });
 }
 
 async function main(): Promise<void> {
@@ -226,6 +203,8 @@ async function main(): Promise<void> {
   );
   print(`ours: ${report.ours!.name}, ${report.ours!.cpu}, ${o.activations} activations`);
   print(`peer: ${report.peer!.name}, ${report.peer!.cpu}`);
+  const { readBandwidth, int8Peak } = report.limits!;
+  print(`limits: read ${significant(readBandwidth / 1e9)} GB/s, int8 ${significant(int8Peak / 1e9)} GOP/s`);
   const dir = await mkdtemp(join(tmpdir(), 'eac-moe-peers-'));
   const remove = () => rmSync(dir, { recursive: true, force: true });
   process.once('SIGINT', () => {

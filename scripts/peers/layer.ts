@@ -8,19 +8,13 @@
  */
 import { mkdtemp, rm } from 'node:fs/promises';
 import { join } from 'node:path';
+import { shuffled } from '../../lib/bench/routing';
+import { expertOperations, type LayerShape } from '../../lib/bench/shapes';
+import { summarize } from '../../lib/bench/timing';
 import { seededRandom } from '../../lib/model/random';
 import { ggmlBytes, type GgmlTypeName } from './gguf';
-import {
-  layerConfig,
-  PEER_TYPES,
-  peerModel,
-  typeFor,
-  writeCheckpoint,
-  writePeerModel,
-  type Shape,
-} from './models';
+import { layerConfig, PEER_TYPES, peerModel, typeFor, writeCheckpoint, writePeerModel } from './models';
 import type { Side } from './side';
-import { median } from './table';
 
 export interface LayerFigures {
   /** Median over the rounds, and the difference of the fastest runs. */
@@ -34,7 +28,7 @@ export interface LayerFigures {
 }
 
 export interface LayerRow {
-  shape: Shape;
+  shape: LayerShape;
   tokens: number;
   bits: number;
   peerType: GgmlTypeName;
@@ -49,7 +43,6 @@ export interface LayerOptions {
   rounds: number;
   /** Where to write the models; they are removed again. */
   dir: string;
-  onRow?: (row: LayerRow) => void;
 }
 
 /** Steps of a round at one token. */
@@ -57,25 +50,21 @@ const STEPS = 16;
 const VOCABULARY = 512;
 
 /** Layers of the two models: Mixtral's are large enough that fewer do. */
-export function depths(shape: Shape): { few: number; many: number } {
+export function depths(shape: LayerShape): { few: number; many: number } {
   const weights = 3 * shape.hidden * shape.width * shape.experts;
   return weights > 1e9 ? { few: 1, many: 3 } : { few: 2, many: 6 };
 }
 
-/** All token ids in random order. */
-export function shuffledIds(seed: number, count: number): number[] {
-  const random = seededRandom(seed);
-  const ids = Array.from({ length: count }, (_, i) => i);
-  for (let i = count - 1; i > 0; i--) {
-    const j = Math.floor(random() * (i + 1));
-    [ids[i], ids[j]] = [ids[j]!, ids[i]!];
-  }
-  return ids;
+/** All token ids of a vocabulary in random order. */
+export function shuffledIds(seed: number, vocabulary: number): number[] {
+  return [...shuffled(vocabulary, seededRandom(seed))];
 }
+
+export const median = (values: readonly number[]) => summarize(values).median;
 
 async function loadBoth(
   sides: readonly [Side, Side],
-  shape: Shape,
+  shape: LayerShape,
   bits: 2 | 3 | 4,
   parent: string,
 ): Promise<void> {
@@ -130,7 +119,7 @@ async function measure(
 
 function figures(
   time: { ms: number; bestMs: number },
-  shape: Shape,
+  shape: LayerShape,
   tokens: number,
   expertBytes: number,
 ): LayerFigures {
@@ -139,20 +128,20 @@ function figures(
   const touched = experts * (1 - (1 - topK / experts) ** tokens);
   return {
     ...time,
-    gflops: (2 * weights * topK * tokens) / (time.ms * 1e6),
+    gflops: expertOperations(shape, topK * tokens) / (time.ms * 1e6),
     gbs: (touched * expertBytes) / (time.ms * 1e6),
     bitsPerWeight: (8 * expertBytes) / weights,
   };
 }
 
 /** In memory: the codes, and for 128 weights an f16 scale and a zero point of one byte. */
-function ourExpertBytes({ hidden, width }: Shape, bits: number): number {
+function ourExpertBytes({ hidden, width }: LayerShape, bits: number): number {
   const matrix = (out: number, inputs: number) =>
     (out * inputs * bits) / 8 + 3 * out * Math.ceil(inputs / 128);
   return 2 * matrix(width, hidden) + matrix(hidden, width);
 }
 
-function peerExpertBytes({ hidden, width }: Shape, type: GgmlTypeName): number {
+function peerExpertBytes({ hidden, width }: LayerShape, type: GgmlTypeName): number {
   const matrix = (out: number, inputs: number) => ggmlBytes(typeFor(type, inputs), [inputs, out]);
   return 2 * matrix(width, hidden) + matrix(hidden, width);
 }
@@ -160,9 +149,9 @@ function peerExpertBytes({ hidden, width }: Shape, type: GgmlTypeName): number {
 /** Loads a shape into both sides and measures every number of tokens. `sides`: ours and the peer's, with nothing loaded. */
 export async function compareLayer(
   sides: readonly [Side, Side],
-  shape: Shape,
+  shape: LayerShape,
   bits: 2 | 3 | 4,
-  { tokens, rounds, dir, onRow }: LayerOptions,
+  { tokens, rounds, dir }: LayerOptions,
 ): Promise<LayerRow[]> {
   const rows: LayerRow[] = [];
   const peerType = PEER_TYPES[bits]!;
@@ -172,9 +161,7 @@ export async function compareLayer(
     const [ourTime, peerTime] = await measure(sides, many - few, count, rounds);
     const ours = figures(ourTime!, shape, count, ourExpertBytes(shape, bits));
     const peer = figures(peerTime!, shape, count, peerExpertBytes(shape, peerType));
-    const row = { shape, tokens: count, bits, peerType, ours, peer, ratio: peer.ms / ours.ms };
-    rows.push(row);
-    onRow?.(row);
+    rows.push({ shape, tokens: count, bits, peerType, ours, peer, ratio: peer.ms / ours.ms });
   }
   for (const side of sides) await side.unload();
   return rows;

@@ -7,6 +7,7 @@ import { mkdir } from 'node:fs/promises';
 import { join } from 'node:path';
 import { describe } from '../../lib/architecture';
 import { requiredTensors, type RequiredTensor } from '../../lib/architecture/tensors';
+import type { LayerShape } from '../../lib/bench/shapes';
 import { normaliseConfig } from '../../lib/checkpoint/config';
 import { writeJson } from '../../lib/checkpoint/files';
 import {
@@ -27,22 +28,6 @@ import {
   type GgufTensor,
   type GgufValue,
 } from './gguf';
-
-export interface Shape {
-  name: string;
-  hidden: number;
-  /** Intermediate size of an expert. */
-  width: number;
-  experts: number;
-  topK: number;
-}
-
-export const SHAPES: readonly Shape[] = [
-  { name: 'qwen1.5-moe', hidden: 2048, width: 1408, experts: 60, topK: 4 },
-  { name: 'deepseek-moe', hidden: 2048, width: 1408, experts: 64, topK: 6 },
-  { name: 'mixtral', hidden: 4096, width: 14336, experts: 8, topK: 2 },
-  { name: 'qwen3-moe', hidden: 2048, width: 768, experts: 128, topK: 8 },
-];
 
 /** The peer's type nearest to a bit width. */
 export const PEER_TYPES: Readonly<Record<number, GgmlTypeName>> = { 4: 'Q4_0', 3: 'Q3_K', 2: 'Q2_K' };
@@ -74,7 +59,7 @@ const COMMON = { torch_dtype: 'bfloat16', hidden_act: 'silu', rms_norm_eps: 1e-5
  * A model that is hardly more than its MoE layers: one attention head of 64 channels, 512 tokens in the vocabulary, head tied to the
  * embedding. Mixtral's architecture, which leaves hidden size, expert width, number of experts and top-k free.
  */
-export function layerConfig(shape: Shape, layers: number): ModelConfig {
+export function layerConfig(shape: LayerShape, layers: number): ModelConfig {
   return {
     ...COMMON,
     model_type: 'mixtral',

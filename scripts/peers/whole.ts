@@ -5,10 +5,9 @@
 import { mkdtemp, rm } from 'node:fs/promises';
 import { join } from 'node:path';
 import type { GgmlTypeName } from './gguf';
-import { shuffledIds } from './layer';
+import { median, shuffledIds } from './layer';
 import { PEER_TYPES, peerModel, wholeConfig, writeCheckpoint, writePeerModel } from './models';
 import { Side, type SideOptions } from './side';
-import { median } from './table';
 
 export interface WholeFigures {
   /** Tokens a second, median over the rounds. */

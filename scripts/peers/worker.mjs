@@ -46,7 +46,7 @@ class Ours {
     const sampling = { temperature: 0, topK: 0, topP: 1, uniform: Float64Array.of(0) };
     const batch = { ids: Int32Array.from(ids), sequences: [{ length: ids.length, cache }] };
     const begin = performance.now();
-    await model.decoder.step(batch, sampling, {});
+    await model.decoder.step(batch, sampling, { activations: model.activations });
     return performance.now() - begin;
   }
 
