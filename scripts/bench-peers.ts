@@ -13,11 +13,12 @@ import { join } from 'node:path';
 import { Command, Option } from 'commander';
 import { significant, table } from '../lib/bench/report';
 import { parseShape, SHAPES, type LayerShape } from '../lib/bench/shapes';
-import { measureLimits } from '../lib/kernels';
+import { measureLimits, setIsa } from '../lib/kernels';
 import type { MachineLimits } from '../types/native';
 import type { GgmlTypeName } from './peers/gguf';
 import { compareLayer, type LayerRow } from './peers/layer';
-import { PeerUnavailable, Side, type SideInfo } from './peers/side';
+import { PeerUnavailable, Side, type SideInfo, type SideOptions } from './peers/side';
+import { copyBinaries, VARIANTS } from './peers/variants';
 import { compareWhole, DECODE, PREFILL, type WholeRow } from './peers/whole';
 
 interface Options {
@@ -29,6 +30,7 @@ interface Options {
   threads: string;
   activations: string;
   layers: string;
+  isa?: string;
   head: GgmlTypeName;
   json?: boolean;
 }
@@ -82,7 +84,12 @@ function parseOptions(): Options {
     .option('--tokens <list>', 'tokens at a time, up to 512', '1,8,32,512')
     .option('--rounds <n>', 'measurements a figure', '5')
     .option('--threads <n>', 'of either side', `${availableParallelism()}`)
-    .option('--activations <kind>', 'ours: int8 or float32', 'int8')
+    .addOption(new Option('--activations <kind>', 'ours').choices(['int8', 'float32']).default('int8'))
+    .addOption(
+      new Option('--isa <level>', 'instruction set of both sides (x64); default: the best of each').choices(
+        Object.keys(VARIANTS),
+      ),
+    )
     .option('--layers <n>', 'of the whole model', '2')
     .addOption(
       new Option('--head <type>', "the peer's head in the whole model; Q6_K is llama-quantize's choice")
@@ -122,25 +129,28 @@ interface Report {
   notes: typeof NOTES;
 }
 
-async function runLayers(
-  o: Options,
-  report: Report,
-  dir: string,
-  print: (text: string) => void,
-): Promise<void> {
+interface Run {
+  report: Report;
+  side: SideOptions;
+  /** For models; removed at the end. */
+  dir: string;
+  print: (text: string) => void;
+}
+
+async function runLayers(o: Options, { report, side, dir, print }: Run): Promise<void> {
   const shapes: readonly LayerShape[] = o.shape?.map(parseShape) ?? SHAPES;
   const widths = list('bits', o.bits, bitsOf);
   const tokens = list('tokens', o.tokens, integer(1, 512));
-  const { threads, activations, rounds } = report;
   for (const shape of shapes) {
     const rows: LayerRow[] = [];
     for (const bits of widths) {
       const sides: Side[] = [];
       try {
-        sides.push(await Side.start('ours', { threads, activations }), await Side.start('peer', { threads }));
-        rows.push(...(await compareLayer(sides as [Side, Side], shape, bits, { tokens, rounds, dir })));
+        sides.push(await Side.start('ours', side), await Side.start('peer', side));
+        const options = { tokens, rounds: report.rounds, dir };
+        rows.push(...(await compareLayer(sides as [Side, Side], shape, bits, options)));
       } finally {
-        for (const side of sides) await side.stop();
+        for (const one of sides) await one.stop();
       }
     }
     report.layer.push(...rows);
@@ -153,41 +163,42 @@ async function runLayers(
   print(NOTES.layer);
 }
 
-async function runModels(
-  o: Options,
-  report: Report,
-  dir: string,
-  print: (text: string) => void,
-): Promise<void> {
-  const { threads, activations, rounds } = report;
+async function runModels(o: Options, { report, side, dir, print }: Run): Promise<void> {
   const layers = list('layers', o.layers, integer(1, 24))[0]!;
-  for (const bits of list('bits', o.bits, bitsOf))
-    report.model.push(
-      await compareWhole(bits, { threads, activations, rounds, layers, headType: o.head, dir }),
-    );
+  const options = { ...side, rounds: report.rounds, layers, headType: o.head, dir };
+  for (const bits of list('bits', o.bits, bitsOf)) report.model.push(await compareWhole(bits, options));
   print(`\nWhole model, ${layers} layers, tokens a second; llama.cpp's head ${o.head}`);
   print(table([MODEL_HEAD, ...report.model.map(modelCells)]).trimEnd());
   print(NOTES.model);
 }
 
 /** Fails early when the peer is missing. */
-async function describeSides(report: Report): Promise<void> {
-  const { threads, activations } = report;
+async function describeSides({ report, side, print }: Run): Promise<void> {
   for (const which of ['peer', 'ours'] as const) {
-    const side = await Side.start(which, { threads, activations });
-    report[which] = side.info;
-    await side.stop();
+    const one = await Side.start(which, side);
+    report[which] = one.info;
+    await one.stop();
   }
-  report.limits = await measureLimits({ threads });
+  const limits = (report.limits = await measureLimits({ threads: side.threads }));
+  print(
+    `${report.cpu}, ${side.threads} threads; load average before the start ${report.loadAverage.toFixed(2)}`,
+  );
+  print(`ours: ${report.ours!.name}, ${report.ours!.cpu}, ${report.activations} activations`);
+  print(`peer: ${report.peer!.name}, ${report.peer!.cpu}`);
+  const giga = (value: number) => significant(value / 1e9);
+  print(
+    `limits (${limits.isa}): read ${giga(limits.readBandwidth)} GB/s, int8 ${giga(limits.int8Peak)} GOP/s`,
+  );
 }
 
 async function main(): Promise<void> {
   const o = parseOptions();
   const parts = list('part', o.part, (p) => (p === 'layer' || p === 'model' ? p : undefined));
+  const threads = list('threads', o.threads, integer(1, 1024))[0]!;
   const report: Report = {
     cpu: cpus()[0]?.model ?? 'unknown',
     loadAverage: loadavg()[0]!,
-    threads: list('threads', o.threads, integer(1, 1024))[0]!,
+    threads,
     rounds: list('rounds', o.rounds, integer(1, 1000))[0]!,
     activations: o.activations,
     layer: [],
@@ -197,14 +208,6 @@ async function main(): Promise<void> {
   const print = (text: string) => {
     if (!o.json) console.log(text);
   };
-  await describeSides(report);
-  print(
-    `${report.cpu}, ${report.threads} threads, load average ${report.loadAverage.toFixed(2)} before the start`,
-  );
-  print(`ours: ${report.ours!.name}, ${report.ours!.cpu}, ${o.activations} activations`);
-  print(`peer: ${report.peer!.name}, ${report.peer!.cpu}`);
-  const { readBandwidth, int8Peak } = report.limits!;
-  print(`limits: read ${significant(readBandwidth / 1e9)} GB/s, int8 ${significant(int8Peak / 1e9)} GOP/s`);
   const dir = await mkdtemp(join(tmpdir(), 'eac-moe-peers-'));
   const remove = () => rmSync(dir, { recursive: true, force: true });
   process.once('SIGINT', () => {
@@ -212,8 +215,13 @@ async function main(): Promise<void> {
     process.exit(130);
   });
   try {
-    if (parts.includes('layer')) await runLayers(o, report, dir, print);
-    if (parts.includes('model')) await runModels(o, report, dir, print);
+    const side: SideOptions = { threads, activations: o.activations };
+    if (o.isa) Object.assign(side, { isa: o.isa, binaries: await copyBinaries(o.isa, dir) });
+    if (o.isa) setIsa(o.isa);
+    const run = { report, side, dir, print };
+    await describeSides(run);
+    if (parts.includes('layer')) await runLayers(o, run);
+    if (parts.includes('model')) await runModels(o, run);
   } finally {
     remove();
   }

@@ -45,8 +45,9 @@ export interface LayerOptions {
   dir: string;
 }
 
-/** Steps of a round at one token. */
-const STEPS = 16;
+/** In a round: steps at one token; runs at more. */
+const STEPS = 32;
+const RUNS = 8;
 const VOCABULARY = 512;
 
 /** Layers of the two models: Mixtral's are large enough that fewer do. */
@@ -86,11 +87,16 @@ async function loadBoth(
   }
 }
 
-/** Milliseconds of one run of `tokens` tokens. */
+/** Milliseconds of a run of `tokens` tokens, the median of a few with different tokens: few tokens choose few experts, each time others. */
 async function runOnce(side: Side, model: number, ids: number[], tokens: number): Promise<number> {
-  if (tokens > 1) return side.prefill(model, ids.slice(0, tokens));
-  await side.prefill(model, ids.slice(0, 1));
-  return median(await side.decode(model, ids.slice(1, 1 + STEPS)));
+  if (tokens === 1) {
+    await side.prefill(model, ids.slice(0, 1));
+    return median(await side.decode(model, ids.slice(1, 1 + STEPS)));
+  }
+  const times: number[] = [];
+  for (let at = 0; at + tokens <= ids.length && times.length < RUNS; at += tokens)
+    times.push(await side.prefill(model, ids.slice(at, at + tokens)));
+  return median(times);
 }
 
 /** Per side, milliseconds a layer: alternating sides and models, one round of warming up. */

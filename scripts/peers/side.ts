@@ -14,6 +14,10 @@ export interface SideOptions {
   threads: number;
   /** Ours only. */
   activations?: string;
+  /** Ours only: baseline, avx2 or avx512. */
+  isa?: string;
+  /** Peer only: a folder that takes the place of its package's binaries. */
+  binaries?: string;
 }
 
 export interface LoadRequest {

@@ -3,18 +3,19 @@
  * Plain JavaScript against dist/, so that no compiler counts towards the memory.
  */
 import { readFileSync } from 'node:fs';
-import { createRequire } from 'node:module';
+import { createRequire, register } from 'node:module';
 import { performance } from 'node:perf_hooks';
 
 /** The library through its built files: one call of `decoder.step` a prefill or token, as `MoeModel.generate` does. */
 class Ours {
   #models = [];
 
-  async start({ threads, activations }) {
+  async start({ threads, activations, isa: level }) {
     const require = createRequire(import.meta.url);
     this.model = require('../../dist/model/model.js').MoeModel;
     const kernels = require('../../dist/kernels.js');
     kernels.setThreads(threads);
+    if (level) kernels.setIsa(level);
     this.options = { threads, activations };
     const { version, isa } = kernels.cpuInfo();
     return { name: `eac-moe ${version}`, cpu: isa };
@@ -65,7 +66,8 @@ class Ours {
 class Peer {
   #models = [];
 
-  async start({ threads }) {
+  async start({ threads, binaries }) {
+    if (binaries) replaceBinaries(binaries);
     const { getLlama, LlamaLogLevel } = await import('node-llama-cpp');
     this.threads = threads;
     this.llama = await getLlama({
@@ -142,6 +144,19 @@ function packageVersion() {
   return JSON.parse(readFileSync(url, 'utf8')).version;
 }
 
+/** node-llama-cpp asks the platform's package where its binaries are: this one answers in its place. */
+function replaceBinaries(folder) {
+  const answer = { binsDir: folder, packageVersion: packageVersion() };
+  const url = moduleUrl(`export const getBinsDir = () => (${JSON.stringify(answer)});`);
+  const name = `@node-llama-cpp/${process.platform}-${process.arch}`;
+  register(
+    moduleUrl(`export const resolve = (specifier, context, next) =>
+      specifier === '${name}' ? { url: ${JSON.stringify(url)}, shortCircuit: true } : next(specifier, context);`),
+  );
+}
+
+const moduleUrl = (source) => `data:text/javascript,${encodeURIComponent(source)}`;
+
 /** Which of its CPU variants ggml chose, e.g. 'haswell: '; only Linux tells. */
 function loadedVariant() {
   if (process.platform !== 'linux') return '';
@@ -161,6 +176,6 @@ process.on('message', async ({ call, args }) => {
     const result = call === 'peakMemory' ? peakMemory() : await side[call](...args);
     process.send({ result });
   } catch (error) {
-    process.send({ error: { code: error.code ?? error.name, message: error.message } });
+    process.send({ error: { code: error.code ?? error.constructor.name, message: error.message } });
   }
 });

@@ -20,7 +20,8 @@ import {
   writePeerModel,
   type ModelConfig,
 } from '../../scripts/peers/models';
-import { Side } from '../../scripts/peers/side';
+import { PeerUnavailable, Side } from '../../scripts/peers/side';
+import { copyBinaries } from '../../scripts/peers/variants';
 
 let dir: string;
 beforeAll(() => {
@@ -219,6 +220,19 @@ withPeer('models for the comparison', () => {
     await writePeerModel(path, model);
     await expect(sides[1]!.loadChecked({ path })).rejects.toThrow('computes NaN');
     await sides[1]!.unload();
+  });
+
+  test('a folder without binaries is reported as such', async () => {
+    const starting = Side.start('peer', { threads: 1, binaries: join(dir, 'nothing') });
+    await expect(starting).rejects.toThrow(PeerUnavailable);
+  });
+
+  const onX64 = process.platform === 'linux' && process.arch === 'x64' ? test : test.skip;
+  onX64('llama.cpp can be held to an instruction set', async () => {
+    const peer = await Side.start('peer', { threads: 1, binaries: await copyBinaries('baseline', dir) });
+    expect(peer.info.cpu).toMatch(/^x64: /);
+    expect(peer.info.cpu).not.toContain('AVX');
+    await peer.stop();
   });
 
   test('a file that is no model is an error of that call, and the side lives on', async () => {
