@@ -15,9 +15,16 @@ import type {
 } from '../../types/native';
 import type { Architecture, MoeSpec } from '../architecture/types';
 import { native } from '../native';
-import { pushLayer, pushLinear, pushNorm, type LayerStages, type WeightSource } from './layer';
+import {
+  pushLastTokens,
+  pushLayer,
+  pushLinear,
+  pushNorm,
+  type LayerStages,
+  type WeightSource,
+} from './layer';
 import type { ExpertPolicy } from './policy';
-import { ProgramBuilder } from './program';
+import { ProgramBuilder, type Range } from './program';
 
 export interface Batch {
   /** Token ids of all sequences, one after the other. */
@@ -46,6 +53,9 @@ export class Decoder {
   readonly #program: Program;
   readonly #ids: Register;
   readonly #logits: Register;
+  /** The head after all layers; and after the last layer's attention, for the last tokens only. */
+  readonly #whole: Range;
+  readonly #lastTokens: Range;
   readonly #embedding: number;
   readonly #head: Program;
   readonly #headIn: Register;
@@ -62,12 +72,18 @@ export class Decoder {
     this.#embedding = 1;
     architecture.layers.forEach((spec, i) => this.layers.push(pushLayer(b, weights, spec, i)));
 
-    const last = b.register('last', hiddenSize, 'f32', 'sequences');
-    b.push({ op: 'lastRows', x: this.h, out: last });
     this.#logits = b.register('logits', vocabSize, 'f32', 'sequences');
-    pushHead(b, weights, architecture, 'sequences', last, this.#logits);
     this.#ids = b.register('ids', 1, 'i32', 'sequences');
-    b.push({ op: 'sample', logits: this.#logits, out: this.#ids });
+    const sample = (last: Register) => {
+      pushHead(b, weights, architecture, 'sequences', last, this.#logits);
+      b.push({ op: 'sample', logits: this.#logits, out: this.#ids });
+    };
+    this.#whole = b.stage(() => {
+      const last = b.register('last', hiddenSize, 'f32', 'sequences');
+      b.push({ op: 'lastRows', x: this.h, out: last });
+      sample(last);
+    });
+    this.#lastTokens = b.stage(() => sample(pushLastTokens(b, weights, architecture.layers.at(-1)!)));
     this.#program = b.build();
 
     const hb = new ProgramBuilder();
@@ -108,11 +124,16 @@ export class Decoder {
   async step(batch: Batch, sampling: Sampling, options: RunOptions): Promise<Int32Array> {
     return this.#withFrame(batch, options.activations, async (frame) => {
       frame.setSampling(sampling);
-      const end = this.#program.length;
-      if (options.policy && batch.sequences.some((s) => s.length > 1)) {
-        await this.#runLayers(frame, batch, options);
-        await frame.run(this.layers.at(-1)!.feedForward.to, end, options.control);
-      } else await frame.run(0, end, options.control);
+      const { control } = options;
+      if (batch.sequences.every((s) => s.length === 1)) {
+        await frame.run(0, this.#whole.to, control);
+      } else if (options.policy) {
+        await this.#runLayers(frame, batch, options); // it counts what all tokens choose
+        await frame.run(this.#whole.from, this.#whole.to, control);
+      } else {
+        await frame.run(0, this.layers.at(-1)!.attention.to, control);
+        await frame.run(this.#lastTokens.from, this.#lastTokens.to, control);
+      }
       frame.commit();
       return frame.read(this.#ids) as Int32Array;
     });

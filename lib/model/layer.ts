@@ -2,10 +2,12 @@
  * One decoder layer as a list of operations: the interpreter of `LayerSpec`. The list is cut into stages so that a method can look
  * between them (calibration) or decide between them (pruning).
  */
-import type { Matrix, Register, RouterSpec, Tensor } from '../../types/native';
+import type { Matrix, Register, RegisterSpec, RouterSpec, Tensor } from '../../types/native';
 import type { GluSpec, LayerSpec, LinearSpec, MoeSpec, NormSpec, RopeSpec } from '../architecture/types';
 import { native } from '../native';
 import type { ProgramBuilder, Range } from './program';
+
+type Rows = RegisterSpec['rows'];
 
 /** Where a layer's weights come from. */
 export interface WeightSource {
@@ -32,11 +34,15 @@ export interface MoeRegisters {
   counts: Register;
 }
 
-export interface LayerStages {
+export interface LayerStages extends OutputStages {
   /** h -> x */
   attentionNorm: Range;
   /** x -> context; appends to the cache */
   attention: Range;
+}
+
+/** What follows the attention. */
+export interface OutputStages {
   /** h += o_proj(context) */
   attentionOutput: Range;
   /** h -> x */
@@ -89,7 +95,7 @@ function pushRope(b: ProgramBuilder, rope: RopeSpec, headDim: number, x: Registe
   });
 }
 
-/** out (+)= down(activation(gate x) * up x) */
+/** out += down(activation(gate x) * up x) */
 function pushGlu(
   b: ProgramBuilder,
   w: WeightSource,
@@ -97,14 +103,14 @@ function pushGlu(
   activation: MoeSpec['activation'],
   x: Register,
   out: Register,
-  add: boolean,
+  rows: Rows,
 ): void {
-  const gate = b.register('glu.gate', spec.gate.out);
-  const up = b.register('glu.up', spec.up.out);
+  const gate = b.register('glu.gate', spec.gate.out, 'f32', rows);
+  const up = b.register('glu.up', spec.up.out, 'f32', rows);
   pushLinear(b, w, spec.gate, x, gate);
   pushLinear(b, w, spec.up, x, up);
   b.push({ op: 'glu', gate, up, activation });
-  pushLinear(b, w, spec.down, gate, out, add);
+  pushLinear(b, w, spec.down, gate, out, true);
 }
 
 function routerSpec(spec: RouterSpec): RouterSpec {
@@ -112,11 +118,11 @@ function routerSpec(spec: RouterSpec): RouterSpec {
   return { scoring, topK, renormalize, scale, jitter };
 }
 
-function moeRegisters(b: ProgramBuilder, moe: MoeSpec): MoeRegisters {
+function moeRegisters(b: ProgramBuilder, moe: MoeSpec, rows: Rows): MoeRegisters {
   return {
-    logits: b.register('router.logits', moe.router.out),
-    weights: b.register('router.weights', moe.router.topK),
-    indices: b.register('router.indices', moe.router.topK, 'i32'),
+    logits: b.register('router.logits', moe.router.out, 'f32', rows),
+    weights: b.register('router.weights', moe.router.topK, 'f32', rows),
+    indices: b.register('router.indices', moe.router.topK, 'i32', rows),
     counts: b.register('router.counts', moe.router.out, 'i32', 'sequences'),
   };
 }
@@ -152,18 +158,25 @@ function pushExperts(
   });
 }
 
-/** Records layer `index` (its place in the key-value cache) and returns its stages. */
-export function pushLayer(b: ProgramBuilder, w: WeightSource, spec: LayerSpec, index: number): LayerStages {
+function layerRegisters(b: ProgramBuilder, spec: LayerSpec, rows: Rows): LayerRegisters {
   const { attention: a, feedForward: f } = spec;
   const hidden = spec.attentionNorm.size;
-  const h = b.register('h', hidden);
-  const x = b.register('x', hidden);
+  return {
+    h: b.register('h', hidden, 'f32', rows),
+    x: b.register('x', hidden, 'f32', rows),
+    context: b.register('context', a.o.in, 'f32', rows),
+    ...(f.kind === 'moe' && { moe: moeRegisters(b, f, rows) }),
+  };
+}
+
+/** Records layer `index` (its place in the key-value cache) and returns its stages. */
+export function pushLayer(b: ProgramBuilder, w: WeightSource, spec: LayerSpec, index: number): LayerStages {
+  const { attention: a } = spec;
+  const registers = layerRegisters(b, spec, 'tokens');
+  const { h, x, context } = registers;
   const q = b.register('q', a.q.out);
   const k = b.register('k', a.k.out);
   const v = b.register('v', a.v.out);
-  const context = b.register('context', a.o.in);
-  const registers: LayerRegisters = { h, x, context };
-  if (f.kind === 'moe') registers.moe = moeRegisters(b, f);
 
   const attentionNorm = b.stage(() => pushNorm(b, w, spec.attentionNorm, h, x));
   const attention = b.stage(() => {
@@ -175,16 +188,41 @@ export function pushLayer(b: ProgramBuilder, w: WeightSource, spec: LayerSpec, i
     const { heads, kvHeads, headDim, scale, window } = a;
     b.push({ op: 'attention', q, k, v, out: context, layer: index, heads, kvHeads, headDim, scale, window });
   });
+  return { attentionNorm, attention, ...pushOutput(b, w, spec, registers, 'tokens') };
+}
+
+/**
+ * Records what follows the attention of the last layer once more, for the last token of each sequence only: prefill needs no other.
+ * Returns the residual stream, [sequences, hidden].
+ */
+export function pushLastTokens(b: ProgramBuilder, w: WeightSource, spec: LayerSpec): Register {
+  const all = layerRegisters(b, spec, 'tokens');
+  const last = layerRegisters(b, spec, 'sequences');
+  b.push({ op: 'lastRows', x: all.h, out: last.h });
+  b.push({ op: 'lastRows', x: all.context, out: last.context });
+  pushOutput(b, w, spec, last, 'sequences');
+  return last.h;
+}
+
+function pushOutput(
+  b: ProgramBuilder,
+  w: WeightSource,
+  spec: LayerSpec,
+  registers: LayerRegisters,
+  rows: Rows,
+): OutputStages {
+  const { attention: a, feedForward: f } = spec;
+  const { h, x, context, moe } = registers;
   const attentionOutput = b.stage(() => pushLinear(b, w, a.o, context, h, true));
   const feedForwardNorm = b.stage(() => pushNorm(b, w, spec.feedForwardNorm, h, x));
   const route = b.stage(() => {
     if (f.kind !== 'moe') return;
-    pushLinear(b, w, f.router, x, registers.moe!.logits);
-    b.push({ op: 'route', ...registers.moe!, router: routerSpec(f.router) });
+    pushLinear(b, w, f.router, x, moe!.logits);
+    b.push({ op: 'route', ...moe!, router: routerSpec(f.router) });
   });
   const feedForward = b.stage(() => {
-    if (f.kind === 'moe') pushExperts(b, w, f, { ...registers, moe: registers.moe! });
-    else pushGlu(b, w, f, f.activation, x, h, true);
+    if (f.kind === 'moe') pushExperts(b, w, f, { ...registers, moe: moe! });
+    else pushGlu(b, w, f, f.activation, x, h, rows);
   });
-  return { attentionNorm, attention, attentionOutput, feedForwardNorm, route, feedForward, registers };
+  return { attentionOutput, feedForwardNorm, route, feedForward, registers };
 }

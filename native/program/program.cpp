@@ -118,6 +118,10 @@ struct Executor {
   int32_t* ints(op::Register r) const { return f.memory_[size_t(r)].i32(); }
   int64_t width(op::Register r) const { return f.program_->registers[size_t(r)].width; }
   int64_t rows(op::Register r) const { return f.rows_of(r); }
+  // The sequences as the rows of a register hold them: with one row each, or one for every token.
+  const std::vector<Sequence>& sequences_of(op::Register r) const {
+    return f.program_->registers[size_t(r)].per_sequence ? f.last_rows_ : f.sequences_;
+  }
 
   void operator()(const op::Embed& o) const {
     if (int64_t(f.ids_.size()) != rows(o.out))
@@ -151,13 +155,14 @@ struct Executor {
   }
   void operator()(const op::Route& o) const {
     select_experts(data(o.logits), rows(o.logits), o.router, data(o.weights), ints(o.indices));
-    count_selections(ints(o.indices), f.sequences_, o.router, ints(o.counts));
+    count_selections(ints(o.indices), sequences_of(o.indices), o.router, ints(o.counts));
   }
   void operator()(const op::Reselect& o) const {
     if (f.mask.keep.empty()) return;
     if (int64_t(f.mask.keep.size()) != int64_t(f.sequences_.size()) * o.router.experts)
       throw Error("INVALID_ARGUMENT", "the expert mask needs one row of experts for each sequence");
-    apply_expert_mask(data(o.logits), f.mask.keep.data(), f.mask.mode, f.sequences_, o.router, data(o.weights), ints(o.indices));
+    apply_expert_mask(data(o.logits), f.mask.keep.data(), f.mask.mode, sequences_of(o.logits), o.router, data(o.weights),
+                      ints(o.indices));
   }
   void operator()(const op::Experts& o) const {
     run_experts(data(o.x), rows(o.x), width(o.x), data(o.weights), ints(o.indices), width(o.weights), o.experts,
@@ -209,6 +214,8 @@ void Frame::begin(std::vector<int32_t> ids, std::vector<Sequence> sequences) {
     if (s.cache) s.cache->reserve(s.position + s.length);
   ids_ = std::move(ids);
   sequences_ = std::move(sequences);
+  last_rows_.resize(sequences_.size());
+  for (size_t i = 0; i < last_rows_.size(); i++) last_rows_[i].begin = int64_t(i), last_rows_[i].length = 1;
   tokens_ = row;
   for (size_t r = 0; r < memory_.size(); r++) {
     if (bound_[r]) continue;

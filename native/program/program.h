@@ -58,6 +58,7 @@ class Frame {
   std::vector<bool> bound_;
   std::vector<int32_t> ids_;
   std::vector<Sequence> sequences_;
+  std::vector<Sequence> last_rows_;  // one row each, for registers with a row a sequence
   int64_t tokens_ = 0;
   ExpertsScratch scratch_;
 };
