@@ -32,6 +32,7 @@ interface Options {
   layers: string;
   isa?: string;
   head: GgmlTypeName;
+  headBits: '4' | '16';
   json?: boolean;
 }
 
@@ -39,9 +40,9 @@ const NOTES = {
   layer: `A layer's time is the difference of two models over the layers between them. It holds, on both sides, the experts and two norms,
 attention with one head of 64 channels and the router. GB/s: weights of the experts chosen, in the side's own bytes.
 GFLOP/s: the experts' operations.`,
-  model: `Prefill ${PREFILL} tokens and choose the next, then decode ${DECODE}; the ids fed are random and equal on both sides. Vocabulary 32,000. Ours: head and
-embedding bf16, attention and shared expert 4 bit. llama.cpp: every matrix of the type named but the head; last layer's feed-forward
-for the last token only; its times hold the event loop's turn and native greedy sampling. Memory: peak of the process, mapped pages included.`,
+  model: `Prefill ${PREFILL} tokens and choose the next, then decode ${DECODE}; the ids fed are random and equal on both sides. Vocabulary 32,000. Ours:
+attention and shared expert 4 bit, embedding bf16. llama.cpp: every matrix of the type named but the head; its times hold the event loop's turn and native greedy sampling. Both
+end the last layer for the last token only. Memory: peak of the process, mapped pages included.`,
 };
 
 const LAYER_HEAD = ['tokens', 'bits', 'ours ms', 'GB/s', 'GFLOP/s', 'peer', 'ms', 'GB/s', 'GFLOP/s', 'ratio'];
@@ -95,6 +96,11 @@ function parseOptions(): Options {
       new Option('--head <type>', "the peer's head in the whole model; Q6_K is llama-quantize's choice")
         .choices(['Q6_K', 'F16', 'Q4_0'])
         .default('Q6_K'),
+    )
+    .addOption(
+      new Option('--head-bits <bits>', 'our head in the whole model: see LoadOptions.headBits')
+        .choices(['4', '16'])
+        .default('4'),
     )
     .option('--json', 'print one JSON object')
     .parse()
@@ -165,9 +171,10 @@ async function runLayers(o: Options, { report, side, dir, print }: Run): Promise
 
 async function runModels(o: Options, { report, side, dir, print }: Run): Promise<void> {
   const layers = list('layers', o.layers, integer(1, 24))[0]!;
-  const options = { ...side, rounds: report.rounds, layers, headType: o.head, dir };
+  const headBits = o.headBits === '4' ? 4 : 16;
+  const options = { ...side, headBits, rounds: report.rounds, layers, headType: o.head, dir } as const;
   for (const bits of list('bits', o.bits, bitsOf)) report.model.push(await compareWhole(bits, options));
-  print(`\nWhole model, ${layers} layers, tokens a second; llama.cpp's head ${o.head}`);
+  print(`\nWhole model, ${layers} layers, tokens a second; head ${headBits} bit, llama.cpp's ${o.head}`);
   print(table([MODEL_HEAD, ...report.model.map(modelCells)]).trimEnd());
   print(NOTES.model);
 }

@@ -33,6 +33,7 @@ interface Options extends CommonOptions {
   stop?: string[];
   chat?: boolean;
   activations: Activations;
+  headBits: 4 | 16;
   threads?: number;
   device: 'auto' | 'cpu' | 'cuda';
 }
@@ -69,7 +70,8 @@ export function generateCommand(): Command {
       'how products with quantized weights treat their inputs: int8 (fast) or float32 (exact)',
       oneOf('int8', 'float32'),
       'int8',
-    );
+    )
+    .option('--head-bits <bits>', '4 rounds the output head while loading; 16 leaves it', oneOf(4, 16), 16);
   return withDevice(command).action((path: string, options: Options) =>
     perform(
       options,
@@ -80,8 +82,8 @@ export function generateCommand(): Command {
 }
 
 async function run(path: string, o: Options, { signal }: Context): Promise<Result> {
-  const { device, threads, activations } = o;
-  using loaded = await MoeModel.load(path, { device, threads, activations, signal });
+  const { device, threads, activations, headBits } = o;
+  using loaded = await MoeModel.load(path, { device, threads, activations, headBits, signal });
   using pruned = o.prune === undefined ? undefined : pruneExperts(loaded, { alpha: o.prune });
   const { maxNewTokens, temperature, topK, topP, seed, stop, chat } = o;
   const options = { maxNewTokens, temperature, topK, topP, seed, stop, chat, signal };

@@ -23,6 +23,11 @@ export interface LoadOptions {
    * or exactly (`float32`), several times slower. Weights that are not quantized are always exact.
    */
   activations?: Activations;
+  /**
+   * Bits of the output head. 16 (default): as in the checkpoint. 4: rounded to nearest in groups of 32 while loading, for models whose
+   * vocabulary makes the head a large part of what each decoded token reads.
+   */
+  headBits?: 4 | 16;
   signal?: AbortSignal;
 }
 
@@ -101,12 +106,17 @@ export class MoeModel {
   static async load(path: string, options: LoadOptions = {}): Promise<MoeModel> {
     setDevice(options);
     const activations = checkActivations(options.activations ?? 'int8');
+    const { headBits = 16 } = options;
+    if (headBits !== 4 && headBits !== 16) {
+      throw new EacMoeError('INVALID_ARGUMENT', `headBits must be 4 or 16; found ${String(headBits)}`);
+    }
     const checkpoint = Checkpoint.open(path);
     try {
       const architecture = describe(checkpoint.config);
       checkTensors(architecture, checkpoint);
       const weights = new CheckpointWeights(checkpoint, quantizationOf(checkpoint.config));
       await weights.prepare(architecture.layers.flatMap(layerMatrices), options.signal);
+      if (headBits === 4) await weights.round(architecture.head);
       const decoder = new Decoder(architecture, weights);
       return new MoeModel(path, architecture, { checkpoint, weights, decoder, users: 0 }, activations);
     } catch (error) {

@@ -8,7 +8,7 @@ import {
   type Quantization,
   type TensorReader,
 } from '../checkpoint/quantized';
-import { abortError } from '../native';
+import { abortError, native } from '../native';
 import type { WeightSource } from './layer';
 
 export class CheckpointWeights implements WeightSource {
@@ -38,6 +38,19 @@ export class CheckpointWeights implements WeightSource {
       this.#matrices.set(weight, await readMatrix(this.#reader, weight, out, inputs, this.#quantization));
       this.#reader.release(QUANTIZED_PARTS.map((part) => `${moduleOf(weight)}.${part}`));
     }
+  }
+
+  /**
+   * Rounds a matrix of the file to 4 bits in groups of 32, to nearest, and keeps that in memory. One that is quantized in the file stays as
+   * it is.
+   */
+  async round({ weight, out, in: inputs }: LinearSpec): Promise<void> {
+    if (this.#matrices.has(weight)) return;
+    const options = { bits: 4, groupSize: 32, symmetric: false, clipSearch: false };
+    this.#matrices.set(
+      weight,
+      await native().quantizeRtn(this.#reader.tensor(weight, [out, inputs]), options),
+    );
   }
 
   dispose(): void {

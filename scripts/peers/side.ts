@@ -14,6 +14,8 @@ export interface SideOptions {
   threads: number;
   /** Ours only. */
   activations?: string;
+  /** Ours only: 4 rounds the head while loading. */
+  headBits?: 4 | 16;
   /** Ours only: baseline, avx2 or avx512. */
   isa?: string;
   /** Peer only: a folder that takes the place of its package's binaries. */

@@ -10,13 +10,13 @@ import { performance } from 'node:perf_hooks';
 class Ours {
   #models = [];
 
-  async start({ threads, activations, isa: level }) {
+  async start({ threads, activations, headBits, isa: level }) {
     const require = createRequire(import.meta.url);
     this.model = require('../../dist/model/model.js').MoeModel;
     const kernels = require('../../dist/kernels.js');
     kernels.setThreads(threads);
     if (level) kernels.setIsa(level);
-    this.options = { threads, activations };
+    this.options = { threads, activations, headBits };
     const { version, isa } = kernels.cpuInfo();
     return { name: `eac-moe ${version}`, cpu: isa };
   }
