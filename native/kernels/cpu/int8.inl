@@ -31,11 +31,18 @@ template <int bits> EAC_INLINE U step_codes(const uint8_t* unit, int step, int v
   return c | ((step < 2 ? high << (2 - step) : high >> (step - 2)) & 0x04040404u);
 }
 
-// P panels times T tokens over the activation blocks [begin, end). `codes`: the panels' units from block `begin` on, `panel_stride`
-// bytes apart, packed as `bits` says or (unpacked) one code a byte. `limit`: the bits that bound the codes.
-template <int bits, int limit, int P, int T> EAC_INLINE void int8_tile(const Int8Dot& d, int64_t panel, const uint8_t* codes,
-                                                                       int64_t panel_stride, int64_t begin, int64_t end,
-                                                                       int64_t token) {
+// Panels' units from some block on: `stride` bytes from panel to panel; `after`: where the panels that come next begin. Packed codes are asked
+// for some way ahead, or each new group of panels would begin with a stall.
+struct PanelCodes {
+  const uint8_t *data, *after;
+  int64_t stride;
+};
+
+// P panels times T tokens over the activation blocks [begin, end), the codes packed as `bits` says or (8) one a byte. `limit`: the bits that
+// bound the codes.
+template <int bits, int limit, int P, int T>
+EAC_INLINE void int8_tile(const Int8Dot& d, int64_t panel, PanelCodes w, int64_t begin, int64_t end, int64_t token) {
+  const uint8_t* codes = w.data;
   constexpr int64_t unit_bytes = bits == 8 ? unpacked_unit : bits * 64;
   const int64_t units_per_block = d.x.block / 32;
   const int8_t* x[T];
@@ -49,9 +56,18 @@ template <int bits, int limit, int P, int T> EAC_INLINE void int8_tile(const Int
     x_sum[t] = d.x.sum + row * d.x.blocks;
   }
   float* out = d.out + token * d.ldout + (panel - d.panel) * 16;
+  const int64_t distance = EAC_INT8_PREFETCH / unit_bytes * unit_bytes;
+  const uint8_t *panel_end = codes + d.w.panel_bytes, *ahead = distance < d.w.panel_bytes ? codes + distance : w.after;
   for (int64_t b = begin; b < end; b++) {
     const int64_t left = d.units - b * units_per_block, units = left < units_per_block ? left : units_per_block;
     const int64_t params = (panel * d.w.groups + b * d.x.block / d.w.group_size) * 16, next_panel = d.w.groups * 16;
+    if constexpr (bits != 8) {  // the next panels' scales and zero points, short streams that no hardware foresees
+      EAC_UNROLL
+      for (int p = P; p < 2 * P; p++) {
+        __builtin_prefetch(d.w.scales + params + p * next_panel);
+        __builtin_prefetch(d.w.zeros + params + p * next_panel);
+      }
+    }
     I sum[P][vectors][T];
     EAC_UNROLL
     for (int p = 0; p < P; p++) EAC_UNROLL
@@ -71,7 +87,9 @@ template <int bits, int limit, int P, int T> EAC_INLINE void int8_tile(const Int
         if constexpr (bits != 8) {
           EAC_UNROLL
           for (int p = 0; p < P; p++) EAC_UNROLL
-          for (int line = 0; line < bits; line++) __builtin_prefetch(codes + p * panel_stride + line * 64 + EAC_INT8_PREFETCH);
+          for (int line = 0; line < bits; line++) __builtin_prefetch(ahead + p * w.stride + line * 64);
+          ahead += unit_bytes;
+          if (ahead == panel_end) ahead = w.after;
         }
         Quads four[T];
         EAC_UNROLL
@@ -81,9 +99,9 @@ template <int bits, int limit, int P, int T> EAC_INLINE void int8_tile(const Int
           EAC_UNROLL
           for (int p = 0; p < P; p++) EAC_UNROLL
           for (int v = 0; v < vectors; v++) {
-            const U w = step_codes<bits>(codes + p * panel_stride, s, v);
+            const U c = step_codes<bits>(codes + p * w.stride, s, v);
             EAC_UNROLL
-            for (int t = 0; t < T; t++) narrow[p][v][t] = multiply_add(narrow[p][v][t], w, four[t], s % quads);
+            for (int t = 0; t < T; t++) narrow[p][v][t] = multiply_add(narrow[p][v][t], c, four[t], s % quads);
           }
         }
         EAC_UNROLL
@@ -109,26 +127,26 @@ template <int bits, int limit, int P, int T> EAC_INLINE void int8_tile(const Int
 }
 
 // One copy per tile size, each with its own register allocation.
-template <int bits, int limit, int P, int T>
-__attribute__((noinline)) void int8_tile_of(const Int8Dot& d, int64_t panel, const uint8_t* codes, int64_t panel_stride,
-                                            int64_t begin, int64_t end, int64_t token) {
-  int8_tile<bits, limit, P, T>(d, panel, codes, panel_stride, begin, end, token);
+template <int bits, int limit, int P, int T> __attribute__((noinline)) void int8_tile_of(const Int8Dot& d, int64_t panel,
+                                                                                         PanelCodes w, int64_t begin, int64_t end,
+                                                                                         int64_t token) {
+  int8_tile<bits, limit, P, T>(d, panel, w, begin, end, token);
 }
 
 // Tokens [0, n) in tiles of nearly equal size.
-template <int bits, int limit, int P> EAC_INLINE void int8_tokens(const Int8Dot& d, int64_t panel, const uint8_t* codes,
-                                                                  int64_t panel_stride, int64_t begin, int64_t end) {
+template <int bits, int limit, int P>
+EAC_INLINE void int8_tokens(const Int8Dot& d, int64_t panel, PanelCodes w, int64_t begin, int64_t end) {
   const int64_t tiles = (d.n + EAC_INT8_TOKENS - 1) / EAC_INT8_TOKENS;
   for (int64_t i = 0, t = 0; i < tiles; i++) {
     const int64_t n = (d.n - t + tiles - i - 1) / (tiles - i);
     switch (n) {
-      case 1: int8_tile_of<bits, limit, P, 1>(d, panel, codes, panel_stride, begin, end, t); break;
-      case 2: int8_tile_of<bits, limit, P, 2>(d, panel, codes, panel_stride, begin, end, t); break;
-      case 3: int8_tile_of<bits, limit, P, 3>(d, panel, codes, panel_stride, begin, end, t); break;
-      case 4: int8_tile_of<bits, limit, P, 4>(d, panel, codes, panel_stride, begin, end, t); break;
+      case 1: int8_tile_of<bits, limit, P, 1>(d, panel, w, begin, end, t); break;
+      case 2: int8_tile_of<bits, limit, P, 2>(d, panel, w, begin, end, t); break;
+      case 3: int8_tile_of<bits, limit, P, 3>(d, panel, w, begin, end, t); break;
+      case 4: int8_tile_of<bits, limit, P, 4>(d, panel, w, begin, end, t); break;
 #if EAC_INT8_TOKENS > 4
-      case 5: int8_tile_of<bits, limit, P, 5>(d, panel, codes, panel_stride, begin, end, t); break;
-      case 6: int8_tile_of<bits, limit, P, 6>(d, panel, codes, panel_stride, begin, end, t); break;
+      case 5: int8_tile_of<bits, limit, P, 5>(d, panel, w, begin, end, t); break;
+      case 6: int8_tile_of<bits, limit, P, 6>(d, panel, w, begin, end, t); break;
 #endif
     }
     t += n;
@@ -149,7 +167,7 @@ template <int bits, int P> void int8_many_tokens(const Int8Dot& d, int64_t panel
     for (int p = 0; p < P; p++)
       unpack_units<bits>(codes + p * d.w.panel_bytes + unit * bits * 64, units, unpacked + p * chunk_units * unpacked_unit);
     const int64_t end = b + blocks_per_chunk < d.x.blocks ? b + blocks_per_chunk : d.x.blocks;
-    int8_tokens<8, bits, P>(d, panel, unpacked, chunk_units * unpacked_unit, b, end);
+    int8_tokens<8, bits, P>(d, panel, {unpacked, nullptr, chunk_units * unpacked_unit}, b, end);
   }
 }
 
@@ -162,14 +180,15 @@ template <int bits> void dot_int8_bits(const Int8Dot& d) {
     const int64_t panel = d.panel + i;
     const uint8_t* codes = d.w.codes + panel * d.w.panel_bytes;
     if (d.panels < width) {
-      for (int64_t t = 0; t < d.n; t++) int8_tile_of<bits, bits, 1, 1>(d, panel, codes, 0, 0, d.x.blocks, t);
+      for (int64_t t = 0; t < d.n; t++) int8_tile_of<bits, bits, 1, 1>(d, panel, {codes, d.next, 0}, 0, d.x.blocks, t);
       i++;
       continue;
     }
+    const PanelCodes w{codes, i + width < d.panels ? codes + width * d.w.panel_bytes : d.next, d.w.panel_bytes};
     if (d.n == 1)
-      int8_tile_of<bits, bits, few, 1>(d, panel, codes, d.w.panel_bytes, 0, d.x.blocks, 0);
+      int8_tile_of<bits, bits, few, 1>(d, panel, w, 0, d.x.blocks, 0);
     else if (d.n <= EAC_INT8_TOKENS)
-      int8_tokens<bits, bits, many>(d, panel, codes, d.w.panel_bytes, 0, d.x.blocks);
+      int8_tokens<bits, bits, many>(d, panel, w, 0, d.x.blocks);
     else
       int8_many_tokens<bits, many>(d, panel, codes);
     i += width;

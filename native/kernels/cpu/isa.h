@@ -38,6 +38,7 @@ struct Int8Dot {
   int64_t n;
   float* out;
   int64_t ldout;
+  const uint8_t* next = nullptr;  // codes that will be read after these, or null: they are asked for in time
 };
 
 // One operand of a product while it is packed: element (i, k) lies at data[i * stride + k * k_stride].

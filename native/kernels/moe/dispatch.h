@@ -25,15 +25,17 @@ class Dispatch {
   int64_t pairs() const { return offsets.back(); }
   int64_t routed() const { return offsets[offsets.size() - 2]; }
 
-  // Calls body(tile) for all tiles of at most row_block × channel_block on the pool; experts with many pairs first, so that no thread
-  // ends on a big one. channels(expert): the outputs of the product.
+  // Calls body(tile, next) for all tiles of at most row_block × channel_block on the pool; experts with many pairs first, so that no thread
+  // ends on a big one. channels(expert): the outputs of the product. `next`: the tile that the thread
+  // will probably do after this one, or null.
   template <class Channels, class Body> void for_tiles(int64_t row_block, int64_t channel_block, Channels channels, Body body) {
     tiles_.clear();
     for (size_t e = 0; e + 1 < offsets.size(); e++)
       if (offsets[e] < offsets[e + 1]) cut(int32_t(e), row_block, channel_block, channels(e));
     order();
     const Tile* list = tiles_.data();
-    parallel_for(int64_t(tiles_.size()), [&](int64_t i) { body(list[i]); });
+    const int64_t count = int64_t(tiles_.size()), threads = thread_count();
+    parallel_for(count, [&](int64_t i) { body(list[i], i + threads < count ? &list[i + threads] : nullptr); });
   }
 
  private:

@@ -29,7 +29,7 @@ void run_exact(const MoeCall& c, ExpertsScratch& s) {
   });
   s.dispatch.for_tiles(
       row_block, channel_block, [&](size_t e) { return c.experts.hidden_of(e); },
-      [&](const Tile& t) {
+      [&](const Tile& t, const Tile*) {
         const size_t e = size_t(t.expert);
         const int64_t width = c.experts.hidden_of(e);
         const float* in = t.row < routed ? rows + t.row * d : c.x + (t.row - routed) * d;
@@ -42,7 +42,7 @@ void run_exact(const MoeCall& c, ExpertsScratch& s) {
   // The gathered rows are used up: their memory takes the results.
   s.dispatch.for_tiles(
       row_block, channel_block, [&](size_t) { return d; },
-      [&](const Tile& t) {
+      [&](const Tile& t, const Tile*) {
         const size_t e = size_t(t.expert);
         const int64_t width = c.experts.hidden_of(e);
         linear_serial(hidden + at(t), width, t.rows, c.experts.down_of(e), nullptr, t.channel, t.channel + t.channels, 0,

@@ -20,9 +20,14 @@ template <class Of> int64_t common_block(const Experts& experts, size_t begin, s
   return block;
 }
 
-// out (n, channels) = rows of x · rows [channel, channel + channels) of w ^T, padded to whole panels.
+// Where the codes of an output channel begin.
+const uint8_t* codes_of(const QuantMatrix& w, int64_t channel) {
+  return w.codes.as<uint8_t>() + channel / quant_panel * w.panel_bytes();
+}
+
+// out (n, channels) = rows of x · rows [channel, channel + channels) of w ^T, padded to whole panels. next: see Int8Dot.
 void product(const Int8Tokens& x, const int32_t* rows, int64_t n, const QuantMatrix& w, int64_t channel, int64_t channels,
-             float* out, int64_t ldout) {
+             float* out, int64_t ldout, const uint8_t* next) {
   isa().dot_int8({.w = panels_of(w),
                   .panel = channel / quant_panel,
                   .panels = (channels + quant_panel - 1) / quant_panel,
@@ -31,7 +36,8 @@ void product(const Int8Tokens& x, const int32_t* rows, int64_t n, const QuantMat
                   .rows = rows,
                   .n = n,
                   .out = out,
-                  .ldout = ldout});
+                  .ldout = ldout,
+                  .next = next});
 }
 
 Int8Tokens from_token(Int8Tokens x, int64_t token) {
@@ -56,14 +62,16 @@ struct Int8Experts {
   }
 
   // Gate, up and activation of a tile; leaves the hidden values in int8.
-  void gate_and_up(const Tile& t) const {
+  void gate_and_up(const Tile& t, const Tile* next) const {
     thread_local Scratch scratch;
     const size_t e = size_t(t.expert);
     float* gate = scratch.get<float>(2 * row_block * channel_block);
     float* up = gate + row_block * channel_block;
     const int32_t* tokens = s.dispatch.token_of_pair.data() + t.row;
-    product(s.x8.view(), tokens, t.rows, quant(c.experts.gate_of(e)), t.channel, t.channels, gate, channel_block);
-    product(s.x8.view(), tokens, t.rows, quant(c.experts.up_of(e)), t.channel, t.channels, up, channel_block);
+    const QuantMatrix &gate_matrix = quant(c.experts.gate_of(e)), &up_matrix = quant(c.experts.up_of(e));
+    const uint8_t* after = next ? codes_of(quant(c.experts.gate_of(size_t(next->expert))), next->channel) : nullptr;
+    product(s.x8.view(), tokens, t.rows, gate_matrix, t.channel, t.channels, gate, channel_block, codes_of(up_matrix, t.channel));
+    product(s.x8.view(), tokens, t.rows, up_matrix, t.channel, t.channels, up, channel_block, after);
     Int8Rows& hidden = e < count ? s.hidden8 : s.shared8;
     const int64_t first = e < count ? t.row : t.row - routed;
     for (int64_t r = 0; r < t.rows; r++) {
@@ -78,20 +86,36 @@ struct Int8Experts {
 
   // out += weight * down(hidden) for the pairs of a single token, some channels at a time.
   void down_one_token() const {
-    const int64_t step = few_channels, slots = c.k + (c.experts.shared ? 1 : 0);
-    parallel_for((c.d + step - 1) / step, [&](int64_t task) {
+    const int64_t step = few_channels, tasks = (c.d + step - 1) / step, threads = thread_count();
+    const std::vector<Term>& terms = terms_of_one_token();
+    parallel_for(tasks, [&](int64_t task) {
       alignas(64) float y[few_channels];
       const int64_t channel = task * step, channels = std::min(step, c.d - channel);
       if (c.beta == 0) std::memset(c.out + channel, 0, size_t(channels) * sizeof(float));
-      for (int64_t slot = 0; slot < slots; slot++) {
-        const bool shared = slot == c.k;
-        const int64_t pair = shared ? routed : s.dispatch.pair_of_slot[size_t(slot)];
-        if (pair < 0) continue;
-        const size_t e = shared ? count : expert_of(pair);
-        product(hidden_from(e, pair), nullptr, 1, quant(c.experts.down_of(e)), channel, channels, y, step);
-        isa().axpy_f32(shared ? c.shared_weights[0] : c.weights[slot], y, c.out + channel, channels);
+      for (size_t i = 0; i < terms.size(); i++) {
+        const uint8_t* next = i + 1 < terms.size()     ? codes_of(*terms[i + 1].down, channel)
+                              : task + threads < tasks ? codes_of(*terms[0].down, (task + threads) * step)
+                                                       : nullptr;
+        product(terms[i].hidden, nullptr, 1, *terms[i].down, channel, channels, y, step, next);
+        isa().axpy_f32(terms[i].weight, y, c.out + channel, channels);
       }
     });
+  }
+  struct Term {
+    const QuantMatrix* down;
+    Int8Tokens hidden;
+    float weight;
+  };
+  const std::vector<Term>& terms_of_one_token() const {
+    thread_local std::vector<Term> terms;
+    terms.clear();
+    const auto add = [&](size_t e, int64_t pair, float weight) {
+      terms.push_back({&quant(c.experts.down_of(e)), hidden_from(e, pair), weight});
+    };
+    for (int64_t slot = 0; slot < c.k; slot++)
+      if (const int64_t pair = s.dispatch.pair_of_slot[size_t(slot)]; pair >= 0) add(expert_of(pair), pair, c.weights[slot]);
+    if (c.experts.shared) add(count, routed, c.shared_weights[0]);
+    return terms;
   }
   size_t expert_of(int64_t pair) const {
     const auto& o = s.dispatch.offsets;
@@ -102,14 +126,15 @@ struct Int8Experts {
     float* rows = s.rows.get<float>(s.dispatch.pairs() * c.d);
     s.dispatch.for_tiles(
         row_block, channel_block, [&](size_t) { return c.d; },
-        [&](const Tile& t) {
+        [&](const Tile& t, const Tile* next) {
+          const uint8_t* after = next ? codes_of(quant(c.experts.down_of(size_t(next->expert))), next->channel) : nullptr;
           const QuantMatrix& w = quant(c.experts.down_of(size_t(t.expert)));
           const Int8Tokens x = hidden_from(size_t(t.expert), t.row);
           if (t.channels % quant_panel == 0)
-            return product(x, nullptr, t.rows, w, t.channel, t.channels, rows + t.row * c.d + t.channel, c.d);
+            return product(x, nullptr, t.rows, w, t.channel, t.channels, rows + t.row * c.d + t.channel, c.d, after);
           thread_local Scratch scratch;
           float* y = scratch.get<float>(row_block * channel_block);
-          product(x, nullptr, t.rows, w, t.channel, t.channels, y, channel_block);
+          product(x, nullptr, t.rows, w, t.channel, t.channels, y, channel_block, after);
           for (int64_t r = 0; r < t.rows; r++)
             std::copy_n(y + r * channel_block, t.channels, rows + (t.row + r) * c.d + t.channel);
         });
@@ -130,7 +155,8 @@ void run_int8(const MoeCall& c, ExpertsScratch& s) {
   Int8Experts run{c, s};
   run.prepare();
   s.dispatch.for_tiles(
-      row_block, channel_block, [&](size_t e) { return c.experts.hidden_of(e); }, [&](const Tile& t) { run.gate_and_up(t); });
+      row_block, channel_block, [&](size_t e) { return c.experts.hidden_of(e); },
+      [&](const Tile& t, const Tile* next) { run.gate_and_up(t, next); });
   if (c.n == 1)
     run.down_one_token();
   else
