@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <thread>
 
 #include "core/thread_pool.h"
 #include "harness.h"
@@ -137,6 +138,16 @@ void attention_matches_oracle() {
   attention_case({0, 1, 1, 24, 530, 0.2f}, 1200, {1, 700});
 }
 
+// Working memory is as large as every number of query rows needs: new threads have none, so that an overrun leaves it.
+void attention_memory() {
+  for (int64_t n = 1; n <= 120; n++)
+    std::thread([n] {
+      const Tensor x = random_matrix(n, 64, 1);
+      std::vector<float> out(size_t(n * 64));
+      attention(x.f32(), x.f32(), x.f32(), one(n), {0, 1, 1, 64, 0, 0.5f}, out.data());
+    }).join();
+}
+
 // A sink takes its share of the weight: a large one leaves nothing, one of -inf changes nothing.
 void attention_sinks() {
   const float inf = std::numeric_limits<float>::infinity();
@@ -224,6 +235,7 @@ int main() {
     run_on_isas("norms", norms);
     run_on_isas("rotary embedding", rotary);
     run_on_isas("attention, whole and in pieces", attention_matches_oracle);
+    run_on_isas("attention's memory", attention_memory);
     run_on_isas("attention sinks", attention_sinks);
     run_on_isas("attention of a batch", attention_of_a_batch);
     run("sampling", sampling);

@@ -94,10 +94,10 @@ struct Kernel {
     if (from >= to) return;
     const int64_t at = b * kv_width + s.kv_head * d * kv_block;
     const float *keys = s.context.keys + at, *values = s.context.values + at, *next_keys = keys + kv_width * kv_block;
-    for (int64_t j = from / key_panel * key_panel; j < to; j += gemm.nr) {
-      const float* panel = keys + j / key_panel * key_panel * d + j % key_panel;
-      gemm.tile(d, 1, queries + r * d, panel, key_panel, values + j * d, false, scores + j, kv_block, n, gemm.nr);
-    }
+    for (int64_t j = from / key_panel * key_panel; j < to; j += key_panel)
+      for (int64_t c = 0; c < key_panel; c += gemm.nr)
+        gemm.tile(d, 1, queries + r * d, keys + j * d + c, key_panel, values + (j + c) * d, false, scores + j + c, kv_block, n,
+                  std::min<int64_t>(gemm.nr, key_panel - c));
     for (int64_t i = 0; i < n; i++) {
       float shrink;
       const float sum = kern.softmax_block(scores + i * kv_block, kv_block, first(s, r + i) - b, std::min(to, end(s, r + i) - b),
