@@ -91,12 +91,12 @@ template <class T> void block_product(const Product<T>& p, const T* a, const T* 
       T* c = p.c + i * p.ldc + j;
       if (!p.lower || j + cols - 1 <= i) {
         kern.tile(k, p.alpha, panel, b, kern.nr, next, accumulate, c, p.ldc, rows, cols);
-      } else if (j < i + rows) {  // a tile on the diagonal: its upper part belongs to mirror()
-        T copy[max_tile];
-        for (int64_t r = 0; r < rows; r++) std::copy_n(c + r * p.ldc, cols, copy + r * cols);
+      } else if (j < i + rows) {  // a tile on the diagonal: its upper part belongs to mirror(), maybe of another task
+        T copy[max_tile] = {};
+        const auto lower = [&](int64_t r) { return std::clamp<int64_t>(i + r - j + 1, 0, cols); };
+        for (int64_t r = 0; r < rows; r++) std::copy_n(c + r * p.ldc, lower(r), copy + r * cols);
         kern.tile(k, p.alpha, panel, b, kern.nr, next, accumulate, copy, cols, rows, cols);
-        for (int64_t r = 0; r < rows; r++)
-          std::copy_n(copy + r * cols, std::clamp<int64_t>(i + r - j + 1, 0, cols), c + r * p.ldc);
+        for (int64_t r = 0; r < rows; r++) std::copy_n(copy + r * cols, lower(r), c + r * p.ldc);
       }
     }
   }
@@ -106,9 +106,10 @@ template <class T> void block_product(const Product<T>& p, const T* a, const T* 
 void mirror(const Product<float>& p, const Block& at) {
   constexpr int64_t edge = 16;
   float square[edge * edge];
-  for (int64_t j = at.j0; j < at.j1; j += edge)
+  const int64_t j1 = std::min(at.j1, at.i1);  // what lies further right is above the diagonal
+  for (int64_t j = at.j0; j < j1; j += edge)
     for (int64_t i = std::max(at.i0, j); i < at.i1; i += edge) {
-      const int64_t rows = std::min(edge, at.i1 - i), cols = std::min(edge, at.j1 - j);
+      const int64_t rows = std::min(edge, at.i1 - i), cols = std::min(edge, j1 - j);
       kernels<float>().pack({p.c + i * p.ldc + j, DType::f32, p.ldc, 1}, edge, rows, cols, nullptr, square);
       for (int64_t c = 0; c < cols; c++) {
         const int64_t skip = std::clamp<int64_t>(j + c - i, 0, rows);
