@@ -6,6 +6,7 @@ EAC_INLINE F bf16_lanes(const uint16_t* p) {
 EAC_INLINE F f16_lanes(const uint16_t* p) { return (F)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 EAC_INLINE float f16_scalar(uint16_t h) { return _cvtsh_ss(h); }
 
+EAC_INLINE F fused(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 EAC_INLINE F4 fold_to_4(F v) { return (F4)_mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1)); }
 
 // L bytes, one a lane.

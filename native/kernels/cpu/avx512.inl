@@ -6,6 +6,7 @@ EAC_INLINE F bf16_lanes(const uint16_t* p) {
 EAC_INLINE F f16_lanes(const uint16_t* p) { return (F)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 EAC_INLINE float f16_scalar(uint16_t h) { return _cvtsh_ss(h); }
 
+EAC_INLINE F fused(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 EAC_INLINE F4 fold_to_4(F v) {
   const __m256 h = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
   return (F4)_mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));

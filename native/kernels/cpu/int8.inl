@@ -120,7 +120,7 @@ EAC_INLINE void int8_tile(const Int8Dot& d, int64_t panel, PanelCodes w, int64_t
       for (int t = 0; t < T; t++) {
         float* o = out + t * d.ldout + p * 16 + v * L;
         const F before = b == 0 ? F{} : load<F>(o);
-        store(o, __builtin_convertvector(sum[p][v][t], F) * x_scale[t][b] * scale + before);
+        store(o, fused(__builtin_convertvector(sum[p][v][t], F) * x_scale[t][b], scale, before));
       }
     }
   }

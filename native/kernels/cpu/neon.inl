@@ -8,6 +8,7 @@ EAC_INLINE float f16_scalar(uint16_t h) {
   return float(v);
 }
 
+EAC_INLINE F fused(F a, F b, F c) { return (F)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
 EAC_INLINE F4 fold_to_4(F v) { return v; }
 
 // L bytes, one a lane.

@@ -31,6 +31,7 @@ EAC_INLINE float f16_scalar(uint16_t h) {
   return v.f;
 }
 
+EAC_INLINE F fused(F a, F b, F c) { return a * b + c; }  // in two roundings where the machine has no such instruction
 EAC_INLINE F4 fold_to_4(F v) { return v; }
 
 // L bytes, one a lane.

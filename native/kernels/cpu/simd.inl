@@ -1,6 +1,7 @@
 // Vectors of EAC_LANES floats and the primitives that the kernels are written with, in GCC / Clang vector extensions.
 // Included by one file per instruction set inside its own anonymous namespace. EAC_PRIMITIVES names the file with what differs:
 //   bf16_lanes, f16_lanes, f16_scalar   to f32
+//   fused                   a * b + c in one rounding, which a compiler may or may not make of the expression
 //   fold_to_4               lanes halved until four are left: (l, l + L/2), ...
 //   byte_lanes, store_int8, and the integer multiply-add of int8.inl
 
