@@ -42,24 +42,30 @@ void linear_reference(const float* x, int64_t ldx, int64_t n, const Matrix& w, c
 
 void linear_int8_reference(const float* x, int64_t ldx, int64_t n, const QuantMatrix& w, const Tensor* bias, float beta, float* y,
                            int64_t ldy) {
-  const int64_t block = int8_block(w);
-  for (int64_t t = 0; t < n; t++)
+  const int64_t block = int8_block(w), blocks = (w.cols + block - 1) / block;
+  std::vector<int> q(static_cast<size_t>(w.cols));
+  std::vector<float> scale(static_cast<size_t>(blocks));
+  for (int64_t t = 0; t < n; t++) {
+    for (int64_t b = 0; b < blocks; b++) {
+      const int64_t begin = b * block, end = std::min(w.cols, begin + block);
+      float largest = 0;
+      for (int64_t c = begin; c < end; c++) largest = std::max(largest, std::fabs(x[t * ldx + c]));
+      const float inverse = largest > 1e-30f ? 127.0f / largest : 0.0f;
+      scale[size_t(b)] = inverse == 0 ? 0 : largest / 127.0f;
+      for (int64_t c = begin; c < end; c++) q[size_t(c)] = int(std::nearbyint(double(x[t * ldx + c]) * inverse));
+    }
     for (int64_t r = 0; r < w.rows; r++) {
       float sum = 0;
-      for (int64_t c0 = 0; c0 < w.cols; c0 += block) {
-        const int64_t c1 = std::min(w.cols, c0 + block), g = c0 / w.group_size;
-        float largest = 0;
-        for (int64_t c = c0; c < c1; c++) largest = std::max(largest, std::fabs(x[t * ldx + c]));
-        const float inverse = largest > 1e-30f ? 127.0f / largest : 0.0f;
+      for (int64_t b = 0; b < blocks; b++) {
+        const int64_t begin = b * block, end = std::min(w.cols, begin + block), g = begin / w.group_size;
         int64_t dot = 0;
-        for (int64_t c = c0; c < c1; c++)
-          dot += int64_t(std::nearbyint(double(x[t * ldx + c]) * inverse)) * (code_of(w, r, c) - w.zero(r, g));
-        const float scale_x = inverse == 0 ? 0 : largest / 127.0f;
-        sum = std::fma(float(dot) * scale_x, f16_to_f32(w.scale(r, g)), sum);
+        for (int64_t c = begin; c < end; c++) dot += int64_t(q[size_t(c)]) * (code_of(w, r, c) - w.zero(r, g));
+        sum = std::fma(float(dot) * scale[size_t(b)], f16_to_f32(w.scale(r, g)), sum);
       }
       if (bias) sum += float(element(*bias, r));
       y[t * ldy + r] = beta != 0 ? sum + y[t * ldy + r] : sum;
     }
+  }
 }
 
 }  // namespace eac
