@@ -204,8 +204,8 @@ void dot_int8(const Int8Dot& d) {
     dot_int8_bits<2>(d);
 }
 
-// q = round(x * 127 / max|x|), half to even, per block. 0 * x is NaN for NaN and infinity: their block's scale becomes NaN, and so does
-// every output that used it. Values below 1e-30 count as 0.
+// q = round(x * 127 / max|x|), half to even, per block. 0 * x is NaN for NaN and infinity: their block becomes 0 times NaN, and every
+// output that used it NaN. Values below 1e-30 count as 0.
 void quantize_int8(const float* x, int64_t n, int64_t block, int8_t* q, float* scale, int32_t* sum) {
   for (int64_t c = 0, b = 0; c < n; c += block, b++) {
     const int64_t count = n - c < block ? n - c : block;
@@ -215,11 +215,13 @@ void quantize_int8(const float* x, int64_t n, int64_t block, int8_t* q, float* s
       max = magnitude > max ? magnitude : max;
       bad = bad + v * 0.0f;
     }
-    const float largest = max_lanes(max), inverse = largest > 1e-30f ? 127.0f / largest : 0.0f;
+    const float largest = max_lanes(max), poison = sum_lanes(bad);
+    const bool empty = !(largest > 1e-30f) || poison != 0.0f;
+    const float inverse = empty ? 0.0f : 127.0f / largest;
     const F magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     I total{};
     for (int64_t i = 0; i < (count + 31) / 32 * 32; i += L) {
-      const F v = i >= count ? F{} : count - i < L ? load_part(x + c + i, count - i) : load<F>(x + c + i);
+      const F v = empty || i >= count ? F{} : count - i < L ? load_part(x + c + i, count - i) : load<F>(x + c + i);
       const I rounded = (I)(v * inverse + magic) - (I)magic;
       total = total + rounded;
       store_int8(q + c + i, rounded);
@@ -227,7 +229,7 @@ void quantize_int8(const float* x, int64_t n, int64_t block, int8_t* q, float* s
     int32_t s = 0;
     for (int l = 0; l < L; l++) s += total[l];
     sum[b] = s;
-    scale[b] = (inverse == 0.0f ? 0.0f : largest / 127.0f) + sum_lanes(bad);
+    scale[b] = empty ? poison : largest / 127.0f;
   }
 }
 
