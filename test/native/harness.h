@@ -1,5 +1,5 @@
 // What the native test programs share: named tests, failures counted, random data.
-// EAC_MOE_TEST_SMALL=1 leaves out what takes long on an emulated processor.
+// EAC_MOE_TEST_SMALL=1 leaves out what takes long on an emulated processor or under ThreadSanitizer.
 #pragma once
 #include <cmath>
 #include <cstdio>

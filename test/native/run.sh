@@ -25,4 +25,4 @@ EAC_MOE_BINARY=$PWD/$out/Release/eac_moe.node LD_PRELOAD=$preload node --expose-
 
 # Without the addon: node's own threads, not instrumented, would look like races.
 build build-tsan thread --target native_tests
-ctest --test-dir build-tsan --output-on-failure --no-tests=error
+EAC_MOE_TEST_SMALL=1 ctest --test-dir build-tsan --parallel "$(nproc)" --output-on-failure --no-tests=error
