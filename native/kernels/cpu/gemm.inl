@@ -108,6 +108,8 @@ template <class T> void pack(PackSource s, int64_t width, int64_t count, int64_t
       for (int64_t i = 0; i < count; i++) out[p * width + i] *= T(scale[p]);
 }
 
+static_assert(32 % (EAC_NV * L) == 0, "attention keeps its keys in panels of 32 and reads whole tiles of them");
+
 // The lowest tile that holds `rows` rows: an element's sum is the same in each.
 template <class T, int mr, int nv> constexpr int tile_height(int64_t rows) {
   for (int height = 1; height < 16; height *= 2)
@@ -132,17 +134,16 @@ template <class T, int mr, int nv> void tile_of(int64_t k, T alpha, const T* a, 
     EAC_UNROLL
     for (int j = 0; j < nv; j++) bv[j] = load<V>(b + j * lanes);
 #if defined(__aarch64__)  // a multiply-add takes one lane of A's vector: mr / lanes loads instead of mr
-    V av[mr / lanes];
-    EAC_UNROLL
+    constexpr bool by_lane = mr % lanes == 0;
+#else
+    constexpr bool by_lane = false;
+#endif
+    V av[by_lane ? mr / lanes : 1];
+    if constexpr (by_lane) EAC_UNROLL
     for (int i = 0; i < mr / lanes; i++) av[i] = load<V>(a + i * lanes);
     EAC_UNROLL
     for (int i = 0; i < mr; i++) EAC_UNROLL
-    for (int j = 0; j < nv; j++) acc[i][j] = av[i / lanes][i % lanes] * bv[j] + acc[i][j];
-#else
-    EAC_UNROLL
-    for (int i = 0; i < mr; i++) EAC_UNROLL
-    for (int j = 0; j < nv; j++) acc[i][j] = a[i] * bv[j] + acc[i][j];
-#endif
+    for (int j = 0; j < nv; j++) acc[i][j] = (by_lane ? av[i / lanes][i % lanes] : a[i]) * bv[j] + acc[i][j];
   }
   // An edge tile goes through a copy, so that its last operation is the same as everywhere.
   T edge[mr * nr];
