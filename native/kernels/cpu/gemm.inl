@@ -108,8 +108,6 @@ template <class T> void pack(PackSource s, int64_t width, int64_t count, int64_t
       for (int64_t i = 0; i < count; i++) out[p * width + i] *= T(scale[p]);
 }
 
-static_assert(32 % (EAC_NV * L) == 0, "attention keeps its keys in panels of 32 and reads whole tiles of them");
-
 // The lowest tile that holds `rows` rows: an element's sum is the same in each.
 template <class T, int mr, int nv> constexpr int tile_height(int64_t rows) {
   for (int height = 1; height < 16; height *= 2)
