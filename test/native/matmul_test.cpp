@@ -273,6 +273,7 @@ void test_int8() {
   for (const auto& s : shapes)
     for (int bits : {2, 3, 4})
       for (int64_t group : {32, 64, 96, 128, 256, 5000}) {
+        if (s[1] == 1100 && group != 128 && std::getenv("EAC_MOE_TEST_SMALL")) continue;
         const QuantMatrix w = random_quant(bits, s[0], s[1], group);
         const Tensor bias = random_tensor(DType::bf16, 1, s[0]);
         for (int64_t n : {1, 2, 3, 4, 5, 6, 7, 9, 13, 70})

@@ -231,6 +231,7 @@ void losses() {
 
 int main() {
   for (int threads : {1, 3}) {
+    if (small && threads == 1) continue;
     set_thread_count(threads);
     run_on_isas("norms", norms);
     run_on_isas("rotary embedding", rotary);

@@ -12,8 +12,8 @@
 #define EAC_K_BLOCK 512
 #if defined(__aarch64__)  // 32 vector registers instead of 16
 #define EAC_PRIMITIVES "kernels/cpu/neon.inl"
-#define EAC_MR 8
-#define EAC_NV 3
+#define EAC_MR 12
+#define EAC_NV 2
 #define EAC_TOKEN_TILE 5
 #define EAC_INT8_TOKENS 2
 #else

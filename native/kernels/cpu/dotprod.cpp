@@ -11,8 +11,8 @@
 #define EAC_ISA_NAME "dotprod"
 #define EAC_ISA_TABLE isa_dotprod
 #define EAC_K_BLOCK 512
-#define EAC_MR 8
-#define EAC_NV 3
+#define EAC_MR 12
+#define EAC_NV 2
 #define EAC_TOKEN_TILE 5
 #define EAC_INT8_PANELS 1
 #define EAC_INT8_TOKENS 5

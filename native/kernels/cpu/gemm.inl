@@ -132,17 +132,16 @@ template <class T, int mr, int nv> void tile_of(int64_t k, T alpha, const T* a, 
     EAC_UNROLL
     for (int j = 0; j < nv; j++) bv[j] = load<V>(b + j * lanes);
 #if defined(__aarch64__)  // a multiply-add takes one lane of A's vector: mr / lanes loads instead of mr
-    V av[mr / lanes];
-    EAC_UNROLL
+    constexpr bool by_lane = mr % lanes == 0;
+#else
+    constexpr bool by_lane = false;
+#endif
+    V av[by_lane ? mr / lanes : 1];
+    if constexpr (by_lane) EAC_UNROLL
     for (int i = 0; i < mr / lanes; i++) av[i] = load<V>(a + i * lanes);
     EAC_UNROLL
     for (int i = 0; i < mr; i++) EAC_UNROLL
-    for (int j = 0; j < nv; j++) acc[i][j] = av[i / lanes][i % lanes] * bv[j] + acc[i][j];
-#else
-    EAC_UNROLL
-    for (int i = 0; i < mr; i++) EAC_UNROLL
-    for (int j = 0; j < nv; j++) acc[i][j] = a[i] * bv[j] + acc[i][j];
-#endif
+    for (int j = 0; j < nv; j++) acc[i][j] = (by_lane ? av[i / lanes][i % lanes] : a[i]) * bv[j] + acc[i][j];
   }
   // An edge tile goes through a copy, so that its last operation is the same as everywhere.
   T edge[mr * nr];

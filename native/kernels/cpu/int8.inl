@@ -38,6 +38,10 @@ struct PanelCodes {
   int64_t stride;
 };
 
+#ifdef EAC_I8MM
+#include "kernels/cpu/i8mm.inl"
+#endif
+
 // P panels times T tokens over the activation blocks [begin, end), the codes packed as `bits` says or (8) one a byte. `limit`: the bits that
 // bound the codes.
 template <int bits, int limit, int P, int T>
@@ -76,7 +80,11 @@ EAC_INLINE void int8_tile(const Int8Dot& d, int64_t panel, PanelCodes w, int64_t
       EAC_UNROLL
       for (int t = 0; t < T; t++) sum[p][v][t] = -times_int16(zero, x_sum[t][b]);
     }
-    for (int64_t done = 0; done < units;) {
+    int64_t done = 0;
+#ifdef EAC_I8MM
+    if constexpr (bits == 8) add_pairs(codes, units, x, sum), done = units;
+#endif
+    while (done < units) {
       const int64_t stop = done + narrow_units<limit> < units ? done + narrow_units<limit> : units;
       Narrow narrow[P][vectors][T];
       EAC_UNROLL
@@ -142,10 +150,14 @@ EAC_INLINE void int8_tokens(const Int8Dot& d, int64_t panel, PanelCodes w, int64
     switch (n) {
       case 1: int8_tile_of<bits, limit, P, 1>(d, panel, w, begin, end, t); break;
       case 2: int8_tile_of<bits, limit, P, 2>(d, panel, w, begin, end, t); break;
+#if EAC_INT8_TOKENS > 2
       case 3: int8_tile_of<bits, limit, P, 3>(d, panel, w, begin, end, t); break;
       case 4: int8_tile_of<bits, limit, P, 4>(d, panel, w, begin, end, t); break;
+#endif
 #if EAC_INT8_TOKENS > 4
       case 5: int8_tile_of<bits, limit, P, 5>(d, panel, w, begin, end, t); break;
+#endif
+#if EAC_INT8_TOKENS > 5
       case 6: int8_tile_of<bits, limit, P, 6>(d, panel, w, begin, end, t); break;
 #endif
     }
@@ -165,7 +177,11 @@ template <int bits, int P> void int8_many_tokens(const Int8Dot& d, int64_t panel
   for (int64_t unit = 0, b = 0; unit < d.units; unit += chunk_units, b += blocks_per_chunk) {
     const int64_t units = d.units - unit < chunk_units ? d.units - unit : chunk_units;
     for (int p = 0; p < P; p++)
+#ifdef EAC_I8MM
+      unpack_pairs<bits>(codes + p * d.w.panel_bytes + unit * bits * 64, units, unpacked + p * chunk_units * unpacked_unit);
+#else
       unpack_units<bits>(codes + p * d.w.panel_bytes + unit * bits * 64, units, unpacked + p * chunk_units * unpacked_unit);
+#endif
     const int64_t end = b + blocks_per_chunk < d.x.blocks ? b + blocks_per_chunk : d.x.blocks;
     int8_tokens<8, bits, P>(d, panel, {unpacked, nullptr, chunk_units * unpacked_unit}, b, end);
   }

@@ -1,7 +1,11 @@
 // Loops that only reach a limit of the machine: what kernels are measured against (kernels/bench/limits.h).
 // Arithmetic runs on registers alone. There are more sums than latency times throughput asks for, and as many as fit into registers.
 
+#if defined(__aarch64__)  // up to four multiply-adds a cycle, and 32 registers
+constexpr int64_t fma_sums = 20;
+#else
 constexpr int64_t fma_sums = 12;
+#endif
 
 // Multiply-adds in f32; a multiplication and an addition where there is no fused instruction. x -> 0.75 x + 0.25 stays near 1.
 void fma_limit(int64_t steps, float* sink) {
@@ -63,19 +67,6 @@ void int8_limit(int64_t steps, int32_t* sink) {
   for (int i = 1; i < int8_sums; i++) sum[0] = _mm256_add_epi32(sum[0], sum[i]);
   sink[1] = sum_lanes_i32(&sum[0]);
 }
-#elif defined(__ARM_FEATURE_DOTPROD)
-constexpr int64_t int8_sums = 12, int8_operations = int8_sums * 32;
-void int8_limit(int64_t steps, int32_t* sink) {
-  const int8x16_t u = vdupq_n_s8(int8_t(sink[0] + 3)), w = vdupq_n_s8(int8_t(sink[0] - 2));
-  int32x4_t sum[int8_sums];
-  for (int i = 0; i < int8_sums; i++) sum[i] = vdupq_n_s32(i);
-  for (int64_t s = 0; s < steps; s++) {
-    EAC_UNROLL
-    for (int i = 0; i < int8_sums; i++) sum[i] = vdotq_s32(sum[i], u, w);
-  }
-  for (int i = 1; i < int8_sums; i++) sum[0] = vaddq_s32(sum[0], sum[i]);
-  sink[1] = sum_lanes_i32(&sum[0]);
-}
 #elif defined(__SSE2__)
 #define EAC_REGISTER(v) "+x"(v)
 // Operands widened to 16 bits: pairs of products summed in 32.
@@ -95,24 +86,48 @@ void int8_limit(int64_t steps, int32_t* sink) {
   for (int i = 1; i < int8_sums; i++) sum[0] = _mm_add_epi32(sum[0], sum[i]);
   sink[1] = sum_lanes_i32(&sum[0]);
 }
-#elif defined(__aarch64__)
-#define EAC_REGISTER(v) "+w"(v)
-// Products in 16 bits, pairs of them summed in 32.
-constexpr int64_t int8_sums = 8, int8_operations = int8_sums * 16;
+#elif defined(EAC_DOTPROD)
+#ifdef EAC_I8MM
+constexpr int64_t int8_sums = 20, int8_operations = int8_sums * 64;
+EAC_INLINE int32x4_t int8_step(int32x4_t sum, int8x16_t u, int8x16_t w) { return vmmlaq_s32(sum, u, w); }
+#else
+constexpr int64_t int8_sums = 20, int8_operations = int8_sums * 32;
+EAC_INLINE int32x4_t int8_step(int32x4_t sum, int8x16_t u, int8x16_t w) { return vdotq_s32(sum, u, w); }
+#endif
 void int8_limit(int64_t steps, int32_t* sink) {
-  int8x8_t u = vdup_n_s8(int8_t(sink[0] + 3));
-  const int8x8_t w = vdup_n_s8(int8_t(sink[0] - 2));
+  const int8x16_t u = vdupq_n_s8(int8_t(sink[0] + 3)), w = vdupq_n_s8(int8_t(sink[0] - 2));
   int32x4_t sum[int8_sums];
   for (int i = 0; i < int8_sums; i++) sum[i] = vdupq_n_s32(i);
   for (int64_t s = 0; s < steps; s++) {
     EAC_UNROLL
-    for (int i = 0; i < int8_sums; i++) {
-      EAC_OPAQUE(u);
-      sum[i] = vpadalq_s16(sum[i], vmull_s8(u, w));
-    }
+    for (int i = 0; i < int8_sums; i++) sum[i] = int8_step(sum[i], u, w);
   }
   for (int i = 1; i < int8_sums; i++) sum[0] = vaddq_s32(sum[0], sum[i]);
   sink[1] = sum_lanes_i32(&sum[0]);
+}
+#elif defined(__aarch64__)
+#define EAC_REGISTER(v) "+w"(v)
+// Sixteen products are summed in 16 bits, then widened.
+constexpr int64_t int8_sums = 12, int8_operations = int8_sums * 16 * 16;
+void int8_limit(int64_t steps, int32_t* sink) {
+  int8x8_t u = vdup_n_s8(int8_t(sink[0] + 3));
+  const int8x8_t w = vdup_n_s8(int8_t(sink[0] - 2));
+  int32x4_t sum = vdupq_n_s32(0);
+  for (int64_t s = 0; s < steps; s++) {
+    int16x8_t narrow[int8_sums];
+    for (int i = 0; i < int8_sums; i++) narrow[i] = vdupq_n_s16(0);
+    EAC_UNROLL
+    for (int j = 0; j < 16; j++) {
+      EAC_UNROLL
+      for (int i = 0; i < int8_sums; i++) {
+        EAC_OPAQUE(u);
+        narrow[i] = vmlal_s8(narrow[i], u, w);
+      }
+    }
+    EAC_UNROLL
+    for (int i = 0; i < int8_sums; i++) sum = vpadalq_s16(sum, narrow[i]);
+  }
+  sink[1] = sum_lanes_i32(&sum);
 }
 #else
 #define EAC_REGISTER(v) "+m"(v)
