@@ -238,7 +238,7 @@ void quantize_int8(const float* x, int64_t n, int64_t block, int8_t* q, float* s
     I total{};
     for (int64_t i = 0; i < (count + 31) / 32 * 32; i += L) {
       const F v = empty || i >= count ? F{} : count - i < L ? load_part(x + c + i, count - i) : load<F>(x + c + i);
-      const I rounded = (I)(v * inverse + magic) - (I)magic;
+      const I rounded = (I)fused(v, splat(inverse), magic) - (I)magic;
       total = total + rounded;
       store_int8(q + c + i, rounded);
     }
