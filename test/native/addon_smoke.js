@@ -71,8 +71,10 @@ async function quantization() {
       const packed = await q.toGptq();
       const back = await api.fromGptq(packed, { rows: 24, cols: 96, bits, groupSize: 32, symmetric: false });
       assert.deepEqual((await back.codes()).toArray(), (await q.codes()).toArray());
-      const y = await api.linear(x, q);
-      assert.equal(y.toArray().length, 200 * 24);
+      for (const activations of ['float32', 'int8']) {
+        const y = await api.linear(x, q, undefined, activations);
+        assert.equal(y.toArray().length, 200 * 24);
+      }
     }
     rtn.dispose();
   }
