@@ -15,7 +15,7 @@ module.exports = async function use(api, kernels) {
   assert.equal(info().version, require('eac-moe/package.json').version);
   const x = fromArray(Float32Array.of(1, 2), 'f32', [1, 2]);
   const w = fromArray(Float32Array.of(3, 4, 5, 6), 'f32', [2, 2]);
-  assert.deepEqual([...(await linear(x, w)).toArray()], [11, 17]);
+  assert.deepEqual([...(await linear(x, w, undefined, 'float32')).toArray()], [11, 17]);
   assert.throws(
     () => x.reshape([3]),
     (error) => error instanceof api.EacMoeError && error.code === 'INVALID_ARGUMENT',
