@@ -56,7 +56,7 @@ float softmax_block(float* s, int64_t n, int64_t lo, int64_t hi, float* max, flo
     F v = load<F>(s + i);
     if (i < lo || i + L > hi) {  // from here on these lanes are -inf: exp makes zeros of them
       const I at = lane_numbers() + int32_t(i);
-      v = (at >= int32_t(lo)) & (at < int32_t(hi)) ? v : splat(lowest);
+      v = ((at >= int32_t(lo)) & (at < int32_t(hi))) ? v : splat(lowest);
       store(s + i, v);
     }
     m = v > m ? v : m;
