@@ -103,8 +103,9 @@ op::Op op_from(const Napi::Object& object, const std::vector<RegisterSpec>& regi
     return op::Route{r.reg("logits"), r.reg("weights"), r.reg("indices"), r.reg("counts"), r.router(experts())};
   if (name == "reselect") return op::Reselect{r.reg("logits"), r.reg("weights"), r.reg("indices"), r.router(experts())};
   if (name == "experts") {
-    Experts e{r.matrices("gate"), r.matrices("up"), r.matrices("down"), r.activation(), std::nullopt};
-    if (r.has("shared")) e.shared = shared_expert_from(object.Get("shared").As<Napi::Object>());
+    std::optional<SharedExpert> shared;
+    if (r.has("shared")) shared = shared_expert_from(object.Get("shared").As<Napi::Object>());
+    Experts e(r.matrices("gate"), r.matrices("up"), r.matrices("down"), r.activation(), std::move(shared));
     return op::Experts{r.reg("x"), r.reg("weights"), r.reg("indices"), r.reg("out"), std::move(e), bool_from(object, "add")};
   }
   if (name == "glu") return op::Glu{r.reg("gate"), r.reg("up"), r.activation()};

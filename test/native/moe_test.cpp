@@ -118,22 +118,22 @@ void counting_and_masks() {
 }
 
 Experts random_experts(int64_t count, int64_t d, int64_t f, int bits, Activation activation, int64_t shared_width = 0) {
-  Experts e;
-  e.activation = activation;
   const auto make = [&](int64_t rows, int64_t cols, unsigned seed) -> Matrix {
     Tensor w = random_matrix(rows, cols, seed, 0.1f);
     if (bits == 0) return w;
     return quantize_rtn(w, {bits, 64, false, false}, nullptr);
   };
+  std::vector<Matrix> gate, up, down;
   for (int64_t i = 0; i < count; i++) {
-    e.gate.push_back(make(f, d, unsigned(3 * i)));
-    e.up.push_back(make(f, d, unsigned(3 * i + 1)));
-    e.down.push_back(make(d, f, unsigned(3 * i + 2)));
+    gate.push_back(make(f, d, unsigned(3 * i)));
+    up.push_back(make(f, d, unsigned(3 * i + 1)));
+    down.push_back(make(d, f, unsigned(3 * i + 2)));
   }
+  std::optional<SharedExpert> shared;
   if (shared_width > 0)
-    e.shared = SharedExpert{make(shared_width, d, 1001), make(shared_width, d, 1002), make(d, shared_width, 1003),
-                            random_matrix(1, d, 1004, 0.1f)};
-  return e;
+    shared = SharedExpert{make(shared_width, d, 1001), make(shared_width, d, 1002), make(d, shared_width, 1003),
+                          random_matrix(1, d, 1004, 0.1f)};
+  return Experts(std::move(gate), std::move(up), std::move(down), activation, std::move(shared));
 }
 
 // One hot expert and many cold ones, an expert that nobody chose, slots that were pruned.
@@ -205,6 +205,7 @@ void mixed_experts() {
     m = quantize_rtn(dequantize(std::get<QuantMatrix>(m)), {bits, group, false, false}, nullptr);
   };
   requantize(e.gate[1], 2, 32), requantize(e.up[2], 3, 192), requantize(e.down[3], 3, 128);
+  e = Experts(e.gate, e.up, e.down, e.activation);
   const Tensor x = random_matrix(n, d, 1), w = random_matrix(n, k, 2);
   std::vector<int32_t> indices(size_t(n * k));
   for (size_t i = 0; i < indices.size(); i++) indices[i] = int32_t(i % 4);
@@ -218,6 +219,7 @@ void mixed_experts() {
   check(difference < 9e-4 * energy, "mixed experts: relative error " + std::to_string(std::sqrt(difference / energy)));
   check(int8 != exact, "int8 is not the exact path");
   e.up[0] = dequantize(std::get<QuantMatrix>(e.up[0]));
+  e = Experts(e.gate, e.up, e.down, e.activation);
   run_experts(x.f32(), n, d, w.f32(), indices.data(), k, e, 0, dense.data(), scratch, Activations::int8);
   check(dense == exact, "a dense matrix makes the layer exact");
 }

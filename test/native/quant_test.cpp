@@ -86,13 +86,18 @@ void panel_layout() {
           for (int64_t c = 0; c < q.blocks() * 32; c++) {
             const uint8_t* unit = q.codes.as<uint8_t>() + (r / 16 * q.blocks() + c / 32) * 64 * bits;
             const int step = int(c % 32 / 4), byte = int(r % 16 * 4 + c % 4);
+            const auto field = [&](int vector, int shift, int width) {
+              return unit[64 * vector + byte] >> shift & ((1 << width) - 1);
+            };
             int code;
-            if (bits == 4) {
-              code = unit[step / 2 * 64 + byte] >> (step % 2 ? 4 : 0) & 15;
-            } else {
-              code = unit[step / 4 * 64 + byte] >> (step % 4 * 2) & 3;
-              if (bits == 3) code |= (unit[128 + byte] >> step & 1) << 2;
-            }
+            if (bits == 4)
+              code = field(step / 2, step % 2 * 4, 4);
+            else if (bits == 2)
+              code = field(step / 4, step % 4 * 2, 2);
+            else if (step < 6)
+              code = field(step / 2, step % 2 * 3, 3);
+            else
+              code = field(step - 6, 6, 2) | field(2, step, 1) << 2;
             check(code == (r < rows && c < cols ? codes.as<uint8_t>()[r * cols + c] : 0),
                   "panel layout, bits " + std::to_string(bits));
           }

@@ -21,6 +21,7 @@
 #define EAC_INT8_TOKENS 6
 #define EAC_INT8_PANELS_ONE 4
 #define EAC_INT8_PREFETCH 2048
+#define EAC_INT8_IN_PLACE
 
 namespace eac {
 namespace {

@@ -20,16 +20,41 @@ constexpr int64_t unpacked_unit = 512;  // bytes
 template <int bits> EAC_INLINE U step_codes(const uint8_t* unit, int step, int vector) {
   const uint8_t* p = unit + vector * 4 * L;
   if constexpr (bits == 8) return load<U>(p + step * 64);
-  if constexpr (bits == 4) {
-    const U c = load<U>(p + step / 2 * 64);
-    return (step % 2 ? c >> 4 : c) & 0x0f0f0f0fu;
-  }
-  U c = load<U>(p + step / 4 * 64);
-  c = (step % 4 ? c >> (step % 4 * 2) : c) & 0x03030303u;
-  if constexpr (bits == 2) return c;
-  const U high = load<U>(p + 128);
-  return c | ((step < 2 ? high << (2 - step) : high >> (step - 2)) & 0x04040404u);
+  if (bits == 3 && step >= 6)
+    return (load<U>(p + (step - 6) * 64) >> 6 & 0x03030303u) | (load<U>(p + 128) >> (step - 2) & 0x04040404u);
+  constexpr int steps = 8 / bits;  // of a byte
+  constexpr uint32_t mask = 0x01010101u * ((1u << bits) - 1);
+  const U c = load<U>(p + step / steps * 64);
+  return (step % steps ? c >> (step % steps * bits) : c) & mask;
 }
+
+#ifdef EAC_INT8_IN_PLACE
+// sum += codes of P panels times one token over a unit. The codes stay where they lie in their bytes, masked but not shifted: place[k] sums
+// products that are 2^k too large. For multiply_adds of unsigned bytes in 32 bits.
+constexpr int places = 7;
+template <int bits, int P>
+EAC_INLINE void add_in_place(const uint8_t* codes, int64_t stride, const int8_t* x, Narrow (&place)[P][places]) {
+  static_assert(vectors == 1);
+  EAC_UNROLL
+  for (int s = 0; s < 8; s++) {
+    const Quads four = load<Quads>(x + s * 4);
+    const auto add = [&](int line, int bit, uint32_t mask, int scale) {
+      EAC_UNROLL
+      for (int p = 0; p < P; p++) {
+        const U c = load<U>(codes + p * stride + line * 64) & (mask << bit) * 0x01010101u;
+        place[p][scale] = multiply_add(place[p][scale], c, four, 0);
+      }
+    };
+    constexpr int steps = 8 / bits;
+    if (bits == 3 && s >= 6) {
+      add(s - 6, 6, 3, 6);
+      add(2, s, 1, s - 2);
+    } else {
+      add(s / steps, s % steps * bits, (1 << bits) - 1, s % steps * bits);
+    }
+  }
+}
+#endif
 
 // Panels' units from some block on: `stride` bytes from panel to panel; `after`: where the panels that come next begin. Packed codes are asked
 // for some way ahead, or each new group of panels would begin with a stall.
@@ -84,6 +109,26 @@ EAC_INLINE void int8_tile(const Int8Dot& d, int64_t panel, PanelCodes w, int64_t
 #ifdef EAC_I8MM
     if constexpr (bits == 8) add_pairs(codes, units, x, sum), done = units;
 #endif
+    const auto ask_ahead = [&] {
+      if constexpr (bits == 8) return;
+      EAC_UNROLL
+      for (int p = 0; p < P; p++) EAC_UNROLL
+      for (int line = 0; line < bits; line++) __builtin_prefetch(ahead + p * w.stride + line * 64);
+      ahead += unit_bytes;
+      if (ahead == panel_end) ahead = w.after;
+    };
+#ifdef EAC_INT8_IN_PLACE
+    if constexpr (bits != 8 && T == 1) {
+      Narrow place[P][places] = {};
+      for (; done < units; done++, codes += unit_bytes, x[0] += 32) {
+        ask_ahead();
+        add_in_place<bits>(codes, w.stride, x[0], place);
+      }
+      EAC_UNROLL
+      for (int p = 0; p < P; p++) EAC_UNROLL
+      for (int k = 0; k < places; k++) sum[p][0][0] += widen(I{}, place[p][k]) >> k;
+    }
+#endif
     while (done < units) {
       const int64_t stop = done + narrow_units<limit> < units ? done + narrow_units<limit> : units;
       Narrow narrow[P][vectors][T];
@@ -92,13 +137,7 @@ EAC_INLINE void int8_tile(const Int8Dot& d, int64_t panel, PanelCodes w, int64_t
       for (int v = 0; v < vectors; v++) EAC_UNROLL
       for (int t = 0; t < T; t++) narrow[p][v][t] = Narrow{};
       for (; done < stop; done++, codes += unit_bytes) {
-        if constexpr (bits != 8) {
-          EAC_UNROLL
-          for (int p = 0; p < P; p++) EAC_UNROLL
-          for (int line = 0; line < bits; line++) __builtin_prefetch(ahead + p * w.stride + line * 64);
-          ahead += unit_bytes;
-          if (ahead == panel_end) ahead = w.after;
-        }
+        ask_ahead();
         Quads four[T];
         EAC_UNROLL
         for (int s = 0; s < 8; s++) {

@@ -13,9 +13,9 @@ double weight(const Tensor& w, int64_t r, int64_t c) { return element(w, r * w.c
 int code_of(const QuantMatrix& q, int64_t r, int64_t c) {
   const uint8_t* unit = q.codes.as<uint8_t>() + r / quant_panel * q.panel_bytes() + c / quant_block * quant_unit_bytes(q.bits);
   const int i = int(r % quant_panel * 4 + c % 4), step = int(c % quant_block / 4);
-  if (q.bits == 4) return unit[step / 2 * 64 + i] >> (step % 2 * 4) & 15;
-  const int low = unit[step / 4 * 64 + i] >> (step % 4 * 2) & 3;
-  return q.bits == 2 ? low : low | (unit[128 + i] >> step & 1) << 2;
+  const int steps = 8 / q.bits;  // of a byte
+  if (q.bits == 3 && step >= 6) return (unit[(step - 6) * 64 + i] >> 6) | (unit[128 + i] >> step & 1) << 2;
+  return unit[step / steps * 64 + i] >> (step % steps * q.bits) & ((1 << q.bits) - 1);
 }
 
 double weight(const QuantMatrix& q, int64_t r, int64_t c) {

@@ -66,6 +66,15 @@ void add_up(const MoeCall& c, const ExpertsScratch& s, const float* rows) {
   });
 }
 
+Experts::Experts(std::vector<Matrix> gate_, std::vector<Matrix> up_, std::vector<Matrix> down_, Activation activation_,
+                 std::optional<SharedExpert> shared_)
+    : gate(std::move(gate_)),
+      up(std::move(up_)),
+      down(std::move(down_)),
+      activation(activation_),
+      shared(std::move(shared_)),
+      int8(gate.size() == up.size() && gate.size() == down.size() ? int8_blocks(*this) : std::nullopt) {}
+
 void run_experts(const float* x, int64_t n, int64_t d, const float* weights, const int32_t* indices, int64_t k,
                  const Experts& experts, float beta, float* out, ExpertsScratch& s, Activations activations) {
   s.dispatch.sort(indices, n, k, experts.count(), experts.shared.has_value());
@@ -79,7 +88,7 @@ void run_experts(const float* x, int64_t n, int64_t d, const float* weights, con
       for (int64_t t = 0; t < n; t++) g[t] = 1 / (1 + std::exp(-g[t]));
     }
   }
-  if (activations == Activations::int8 && quantized(experts))
+  if (activations == Activations::int8 && experts.int8)
     run_int8(call, s);
   else
     run_exact(call, s);

@@ -27,11 +27,20 @@ struct SharedExpert {
   std::optional<Matrix> output_gate;
 };
 
+// Channels that share an activation scale: of the tokens, of the routed experts' hidden values and of the shared expert's.
+struct Int8Blocks {
+  int64_t token, hidden, shared;
+};
+
 struct Experts {
   std::vector<Matrix> gate, up, down;
-  Activation activation = Activation::silu;
+  Activation activation;
   std::optional<SharedExpert> shared;
+  std::optional<Int8Blocks>
+      int8;  // if every matrix is quantized; found once, as a call should not touch experts that it does not need
 
+  Experts(std::vector<Matrix> gate, std::vector<Matrix> up, std::vector<Matrix> down, Activation activation,
+          std::optional<SharedExpert> shared = std::nullopt);
   size_t count() const { return gate.size(); }
   // Expert `count()` is the shared one.
   const Matrix& gate_of(size_t e) const { return e < count() ? gate[e] : shared->gate; }

@@ -13,13 +13,6 @@ constexpr int64_t few_channels = 64;    // outputs of one piece of the down proj
 
 const QuantMatrix& quant(const Matrix& m) { return std::get<QuantMatrix>(m); }
 
-// The block that suits the inputs of all experts.
-template <class Of> int64_t common_block(const Experts& experts, size_t begin, size_t end, Of of) {
-  int64_t block = 128;
-  for (size_t e = begin; e < end; e++) block = std::min(block, int8_block(quant(of(experts, e))));
-  return block;
-}
-
 // Where the codes of an output channel begin.
 const uint8_t* codes_of(const QuantMatrix& w, int64_t channel) {
   return w.codes.as<uint8_t>() + channel / quant_panel * w.panel_bytes();
@@ -52,13 +45,10 @@ struct Int8Experts {
   int64_t routed = s.dispatch.routed();
 
   void prepare() {
-    const auto gate = [](const Experts& e, size_t i) -> const Matrix& { return e.gate_of(i); };
-    const auto up = [](const Experts& e, size_t i) -> const Matrix& { return e.up_of(i); };
-    const auto down = [](const Experts& e, size_t i) -> const Matrix& { return e.down_of(i); };
-    const size_t all = count + (c.experts.shared ? 1 : 0);
-    s.x8.quantize(c.x, c.d, c.n, c.d, std::min(common_block(c.experts, 0, all, gate), common_block(c.experts, 0, all, up)));
-    s.hidden8.reset(routed, c.experts.hidden_of(0), common_block(c.experts, 0, count, down));
-    if (c.experts.shared) s.shared8.reset(c.n, c.experts.hidden_of(count), common_block(c.experts, count, all, down));
+    const Int8Blocks& blocks = *c.experts.int8;
+    s.x8.quantize(c.x, c.d, c.n, c.d, blocks.token);
+    s.hidden8.reset(routed, c.experts.hidden_of(0), blocks.hidden);
+    if (c.experts.shared) s.shared8.reset(c.n, c.experts.hidden_of(count), blocks.shared);
   }
 
   // Gate, up and activation of a tile; leaves the hidden values in int8.
@@ -144,11 +134,20 @@ struct Int8Experts {
 
 }  // namespace
 
-bool quantized(const Experts& experts) {
-  const auto is = [](const Matrix& m) { return std::holds_alternative<QuantMatrix>(m); };
-  for (size_t e = 0; e < experts.count() + (experts.shared ? 1 : 0); e++)
-    if (!is(experts.gate_of(e)) || !is(experts.up_of(e)) || !is(experts.down_of(e))) return false;
-  return true;
+std::optional<Int8Blocks> int8_blocks(const Experts& experts) {
+  const size_t count = experts.count(), all = count + (experts.shared ? 1 : 0);
+  Int8Blocks blocks{128, 128, 128};
+  for (size_t e = 0; e < all; e++) {
+    const auto suit = [](int64_t& block, const Matrix& m) {
+      const auto* q = std::get_if<QuantMatrix>(&m);
+      if (q) block = std::min(block, int8_block(*q));
+      return q != nullptr;
+    };
+    if (!suit(blocks.token, experts.gate_of(e)) || !suit(blocks.token, experts.up_of(e)) ||
+        !suit(e < count ? blocks.hidden : blocks.shared, experts.down_of(e)))
+      return std::nullopt;
+  }
+  return blocks;
 }
 
 void run_int8(const MoeCall& c, ExpertsScratch& s) {

@@ -15,8 +15,9 @@ struct MoeCall {
   float* out;  // (n, d)
 };
 
-// Whether every matrix is quantized.
-bool quantized(const Experts& experts);
+// The blocks that suit the inputs of all experts, if every matrix is quantized.
+std::optional<Int8Blocks> int8_blocks(const Experts& experts);
+// For experts that have them.
 void run_int8(const MoeCall& c, ExpertsScratch& s);
 // out = beta * out + each token's own pairs, weighted; rows (pairs, d).
 void add_up(const MoeCall& c, const ExpertsScratch& s, const float* rows);

@@ -8,33 +8,38 @@
 namespace eac {
 namespace {
 
-// One unit: the codes (16 rows, 32 channels) of a panel's block, and back. `codes` rows are `stride` apart.
+// Where the codes of a step lie in the bytes of a unit: `low` bits at `shift` of a vector, the rest of them, if any, one bit elsewhere.
+struct Place {
+  int vector, shift, low;
+  int high_vector = 0, high_shift = 0;
+};
+Place place_of(int bits, int step) {
+  if (bits == 3 && step >= 6) return {step - 6, 6, 2, 2, step};
+  const int steps = 8 / bits;
+  return {step / steps, step % steps * bits, bits};
+}
+
+// One unit: the codes (16 rows, 32 channels) of a panel's block, and back. `codes` rows are `stride` apart; step s of byte i lies at
+// codes[i / 4][4 s + i % 4].
 void pack_unit(const uint8_t* codes, int64_t stride, int bits, uint8_t* out) {
-  for (int i = 0; i < 64; i++) {
-    const uint8_t* c = codes + i / 4 * stride + i % 4;  // step s lies at c[4 * s]
-    if (bits == 4) {
-      for (int v = 0; v < 4; v++) out[64 * v + i] = uint8_t(c[8 * v] | c[8 * v + 4] << 4);
-      continue;
+  std::fill_n(out, quant_unit_bytes(bits), uint8_t(0));
+  for (int s = 0; s < 8; s++) {
+    const Place at = place_of(bits, s);
+    for (int i = 0; i < 64; i++) {
+      const uint8_t c = codes[i / 4 * stride + i % 4 + 4 * s];
+      out[64 * at.vector + i] |= uint8_t((c & ((1 << at.low) - 1)) << at.shift);
+      if (at.low < bits) out[64 * at.high_vector + i] |= uint8_t(c >> at.low << at.high_shift);
     }
-    for (int v = 0; v < 2; v++)
-      out[64 * v + i] =
-          uint8_t((c[16 * v] & 3) | (c[16 * v + 4] & 3) << 2 | (c[16 * v + 8] & 3) << 4 | (c[16 * v + 12] & 3) << 6);
-    if (bits == 2) continue;
-    int high = 0;
-    for (int s = 0; s < 8; s++) high |= (c[4 * s] >> 2) << s;
-    out[128 + i] = uint8_t(high);
   }
 }
 
 void unpack_unit(const uint8_t* in, int bits, uint8_t* codes, int64_t stride) {
-  for (int i = 0; i < 64; i++) {
-    uint8_t* c = codes + i / 4 * stride + i % 4;
-    for (int s = 0; s < 8; s++) {
-      if (bits == 4)
-        c[4 * s] = in[s / 2 * 64 + i] >> (s % 2 * 4) & 15;
-      else
-        c[4 * s] = in[s / 4 * 64 + i] >> (s % 4 * 2) & 3;
-      if (bits == 3) c[4 * s] = uint8_t(c[4 * s] | (in[128 + i] >> s & 1) << 2);
+  for (int s = 0; s < 8; s++) {
+    const Place at = place_of(bits, s);
+    for (int i = 0; i < 64; i++) {
+      int c = in[64 * at.vector + i] >> at.shift & ((1 << at.low) - 1);
+      if (at.low < bits) c |= (in[64 * at.high_vector + i] >> at.high_shift & 1) << at.low;
+      codes[i / 4 * stride + i % 4 + 4 * s] = uint8_t(c);
     }
   }
 }

@@ -8,7 +8,8 @@
 //             are 0). A block of a panel is a unit of 8 steps; a step holds 4 channels of 16 rows, as the dot-product instructions want
 //             them: 64 codes, code 4 r + c = row r, channel 4 step + c. A unit packs them into vectors of 64 bytes, byte by byte:
 //               2 bit: 2 vectors; vector i holds the steps 4 i .. 4 i + 3 in bits 0-1, 2-3, 4-5, 6-7
-//               3 bit: 3 vectors; two with the low two bits as above, then one with bit 2 of step s in bit s
+//               3 bit: 3 vectors; vector i holds the steps 2 i and 2 i + 1 in bits 0-2 and 3-5; the low two bits of steps 6 and 7 are
+//                      bits 6-7 of vectors 0 and 1, their bit 2 is bit 6 and bit 7 of vector 2
 //               4 bit: 4 vectors; vector i holds step 2 i in the low and step 2 i + 1 in the high nibble
 //             A panel's units follow each other, and so do the panels: a product reads one stream. Scales and zero points lie
 //             (panels, groups, 16).
