@@ -12,7 +12,6 @@ import type {
   Activations,
   DType,
   HessianFactor,
-  MachineLimits,
   Matrix,
   NumericArray,
   Program,
@@ -25,6 +24,7 @@ import { EacMoeError } from './errors';
 import { ProgramBuilder } from './model/program';
 import { native } from './native';
 
+export { measureLimits, type MachineLimits } from './bench/limits';
 export { EacMoeError, type ErrorCode } from './errors';
 export { ProgramBuilder, type Range } from './model/program';
 export type {
@@ -36,7 +36,7 @@ export type {
   GptqTensors,
   HessianFactor,
   KvCache,
-  MachineLimits,
+  MachineRates,
   Matrix,
   NumericArray,
   Op,
@@ -78,20 +78,6 @@ export function tensor(data: NumericArray, shape: number[], dtype: DType = 'f32'
 /** A tensor of zeros. */
 export function zeros(shape: number[], dtype: DType = 'f32'): Tensor {
   return native().zeros(dtype, shape);
-}
-
-/**
- * What this machine can do at best, in one to three seconds: read bandwidth (bytes/s), float32 and 8-bit arithmetic (operations/s, a multiply-add is
- * two), with the instruction set in use. Each the best of several passes. The pool has `threads` threads meanwhile: run nothing beside it.
- *
- * @param options.threads 1 to 1024; default: those of the pool
- * @param options.bufferBytes read from; default 1 GiB, or a quarter of the machine's memory where that is less
- */
-export function measureLimits(
-  options: { threads?: number; bufferBytes?: number } = {},
-): Promise<MachineLimits> {
-  const { threads: count = threads(), bufferBytes = 0 } = options;
-  return native().measureLimits({ threads: count, bufferBytes });
 }
 
 /**

@@ -241,18 +241,14 @@ export interface Frame {
   dispose(): void;
 }
 
-/** What this machine can do at best (native/kernels/bench/limits.h). */
-export interface MachineLimits {
+/** What this machine can do (native/kernels/bench/limits.h). */
+export interface MachineRates {
   /** Bytes a second read from memory, four streams a thread. */
   readBandwidth: number;
   /** Float32 operations a second; a multiply-add is two. */
   fmaPeak: number;
   /** Operations a second on 8-bit operands, in the form that this instruction set's quantized products have. */
   int8Peak: number;
-  /** Size of the buffer that was read. */
-  bufferBytes: number;
-  threads: number;
-  isa: string;
 }
 
 export interface NativeBinding {
@@ -322,8 +318,10 @@ export interface NativeBinding {
   /** The `count` largest rows of column `column` of x, not in `exclude`, by falling value (ties: the earlier row). */
   topRows(x: Tensor, column: number, count: number, exclude: Int32Array): Promise<Int32Array>;
 
-  /** `bufferBytes` 0: 1 GiB, or a quarter of the machine's memory where that is less. */
-  measureLimits(options: { threads: number; bufferBytes: number }, control?: Control): Promise<MachineLimits>;
+  /** Memory to read from. 0: 1 GiB, or a quarter of the machine's memory where that is less. */
+  limitBuffer(bytes: number, control?: Control): Promise<Tensor>;
+  /** One pass of some ten milliseconds for each rate; pass p reads where pass p - 1 ended. */
+  limitPass(buffer: Tensor, pass: number, control?: Control): Promise<MachineRates>;
   /** Random weights [rows, cols], the same for the same seed everywhere. Quantized: cols a multiple of 32. */
   randomMatrix(
     rows: number,

@@ -1,15 +1,16 @@
 /** The benchmarks behind `eac-moe bench`: kernels against what memory and arithmetic of this machine allow. */
 import { cpus } from 'node:os';
-import type { Activations, MachineLimits } from '../../types/native';
+import type { Activations } from '../../types/native';
 import { EacMoeError } from '../errors';
-import { cpuInfo, measureLimits, setThreads, threads as poolThreads } from '../kernels';
+import { cpuInfo, setThreads, threads as poolThreads } from '../kernels';
 import { version } from '../version';
 import type { Arithmetic, Case, Group, Setting } from './case';
 import { KERNELS } from './kernels';
+import { bestLimits, betterOf, LimitMeter, type MachineLimits } from './limits';
 import { bundledSource, type LoadSource } from './loads';
 import { pesfSavings, type PesfSaving } from './pesf';
 import { parseShape, type LayerShape } from './shapes';
-import { measure, stopIfAborted, type Timing } from './timing';
+import { measure, median, stopIfAborted, summarize, type Samples, type Timing } from './timing';
 import { defaultCycle } from './weights';
 
 export interface BenchOptions {
@@ -47,15 +48,19 @@ export interface BenchResult {
   bytes: number;
   operations: number;
   arithmetic: Arithmetic;
-  /** bytes / median, in bytes a second; and as a share of the read bandwidth. */
+  /** bytes / median, in bytes a second. */
   bandwidth: number;
-  bandwidthShare: number;
-  /** operations / median, in operations a second; and as a share of the peak of this arithmetic. */
+  /** operations / median, in operations a second. */
   throughput: number;
+  /**
+   * Shares of what the machine allowed in the same turn, medians over the turns: of the read bandwidth; of the peak of this arithmetic; and of
+   * the time that these allow, memory's or arithmetic's, whichever is longer.
+   */
+  bandwidthShare: number;
   throughputShare: number;
-  /** The time that the machine's limits allow, in seconds: that of memory or of arithmetic, whichever is longer; and it / median. */
-  bound: number;
   boundShare: number;
+  /** That time in seconds, the median of the turns. */
+  bound: number;
 }
 
 export interface BenchReport {
@@ -64,7 +69,7 @@ export interface BenchReport {
   isa: string;
   shapes: LayerShape[];
   settings: Pick<BenchOptions, 'groupSize' | 'activations' | 'seconds' | 'seed'> & { cycleBytes: number };
-  /** One for each number of threads, the better of a measurement before and one after. */
+  /** One for each number of threads: the best of passes before and after all else. */
   limits: MachineLimits[];
   results: BenchResult[];
   /** Of the kernel `pesf`: pruned against unpruned. */
@@ -76,7 +81,9 @@ interface Timed {
   shape: string;
   threads: number;
   one: Case;
-  time: Timing;
+  samples: Samples;
+  /** The samples of the group's first case. */
+  base: Samples;
 }
 
 /**
@@ -91,8 +98,9 @@ export async function runBench(options: BenchOptions): Promise<BenchReport> {
   const all = poolThreads();
   const counts = [...new Set(options.threads.map((n) => (n === 'all' ? all : n)))];
   const cycle = options.cycleBytes ?? defaultCycle(options.bits.length);
+  const meter = await LimitMeter.create(options.cycleBytes);
   try {
-    const before = await limitsOf(counts, 0, options);
+    const before = await limitsOf(meter, counts, 0, options);
     const timed: Timed[] = [];
     const jobs = shapes.flatMap((shape) => options.kernels.map((kernel) => ({ shape, kernel })));
     for (const [i, { shape, kernel }] of jobs.entries()) {
@@ -102,22 +110,18 @@ export async function runBench(options: BenchOptions): Promise<BenchReport> {
       say('data');
       for await (const group of KERNELS[kernel]!.groups(setting)) {
         say(parameterText(group.cases[0]!));
-        for (const { threads, one, time } of await timeGroup(group, counts, all, options)) {
-          timed.push({ kernel, shape: shape.name, threads, one, time });
+        for (const one of await timeGroup(group, meter, counts, all, options)) {
+          timed.push({ kernel, shape: shape.name, ...one });
         }
       }
     }
-    const after = await limitsOf(counts, 1, options);
+    const after = await limitsOf(meter, counts, 1, options);
     const limits = before.map((l, i) => betterOf(l, after[i]!));
-    const results = timed.map(({ kernel, shape, threads, one, time }) => ({
+    const results = timed.map(({ kernel, shape, threads, one, samples, base }) => ({
       kernel,
       shape,
       threads,
-      ...rate(
-        one,
-        time,
-        limits.find((l) => l.threads === threads)!,
-      ),
+      ...rate(one, samples, base),
     }));
     return {
       version,
@@ -130,6 +134,7 @@ export async function runBench(options: BenchOptions): Promise<BenchReport> {
       pesf: pesfSavings(results),
     };
   } finally {
+    meter.dispose();
     setThreads(all);
   }
 }
@@ -144,42 +149,35 @@ export function requireKernel(name: string): void {
 }
 
 async function limitsOf(
+  meter: LimitMeter,
   counts: number[],
   fraction: number,
-  { cycleBytes, signal, onProgress }: BenchOptions,
+  { signal, onProgress }: BenchOptions,
 ): Promise<MachineLimits[]> {
   const limits: MachineLimits[] = [];
   for (const threads of counts) {
     stopIfAborted(signal);
     onProgress?.({ fraction, message: `limits of the machine with ${plural(threads, 'thread')}` });
-    limits.push(await measureLimits({ threads, bufferBytes: cycleBytes }));
+    setThreads(threads);
+    limits.push(await bestLimits(meter));
   }
   return limits;
-}
-
-/** What else the machine does can only lower a limit. */
-export function betterOf(a: MachineLimits, b: MachineLimits): MachineLimits {
-  return {
-    ...a,
-    readBandwidth: Math.max(a.readBandwidth, b.readBandwidth),
-    fmaPeak: Math.max(a.fmaPeak, b.fmaPeak),
-    int8Peak: Math.max(a.int8Peak, b.int8Peak),
-  };
 }
 
 /** Times a group with each number of threads, and disposes of it; its data is made with `all`. */
 async function timeGroup(
   group: Group,
+  meter: LimitMeter,
   counts: readonly number[],
   all: number,
   { seconds, signal }: BenchOptions,
-): Promise<Pick<Timed, 'threads' | 'one' | 'time'>[]> {
+): Promise<Pick<Timed, 'threads' | 'one' | 'samples' | 'base'>[]> {
   const timed = [];
   try {
     for (const threads of counts) {
       setThreads(threads);
-      const times = await measure(group.cases, { seconds, signal });
-      timed.push(...group.cases.map((one, i) => ({ threads, one, time: times[i]! })));
+      const taken = await measure(group.cases, { seconds, meter, signal });
+      timed.push(...group.cases.map((one, i) => ({ threads, one, samples: taken[i]!, base: taken[0]! })));
     }
     return timed;
   } finally {
@@ -188,30 +186,31 @@ async function timeGroup(
   }
 }
 
-/** A case's rates, against the limits of the machine. */
+/** A case's rates, against what the machine allowed beside each sample. */
 export function rate(
-  c: Case,
-  time: Timing,
-  limits: MachineLimits,
+  { parameters, bytes, operations, arithmetic }: Case,
+  samples: Samples,
+  base = samples,
 ): Omit<BenchResult, 'kernel' | 'shape' | 'threads'> {
-  const { parameters, bytes, operations, arithmetic } = c;
-  const { int8Peak, fmaPeak, readBandwidth } = limits;
-  const peak = { int8: int8Peak, float32: fmaPeak, float64: fmaPeak / 2 }[arithmetic];
-  const bandwidth = bytes / time.median;
-  const throughput = operations / time.median;
-  const bound = Math.max(bytes / readBandwidth, operations / peak);
+  const time = summarize(samples.seconds, base.seconds);
+  const memory = samples.beside.map((r) => bytes / r.readBandwidth);
+  const compute = samples.beside.map(
+    (r) => operations / { int8: r.int8Peak, float32: r.fmaPeak, float64: r.fmaPeak / 2 }[arithmetic],
+  );
+  const bounds = memory.map((seconds, i) => Math.max(seconds, compute[i]!));
+  const share = (allowed: number[]) => median(allowed.map((seconds, i) => seconds / samples.seconds[i]!));
   return {
     parameters,
     time,
     bytes,
     operations,
     arithmetic,
-    bandwidth,
-    bandwidthShare: bandwidth / readBandwidth,
-    throughput,
-    throughputShare: throughput / peak,
-    bound,
-    boundShare: bound / time.median,
+    bandwidth: bytes / time.median,
+    bandwidthShare: share(memory),
+    throughput: operations / time.median,
+    throughputShare: share(compute),
+    bound: median(bounds),
+    boundShare: share(bounds),
   };
 }
 

@@ -1,5 +1,6 @@
 /** A benchmark's results as Markdown tables, for docs/performance.md. */
-import { betterOf, type BenchReport, type BenchResult } from './index';
+import type { BenchReport, BenchResult } from './index';
+import { betterOf } from './limits';
 import { duration, share, significant } from './report';
 
 /** Each report: the machine and its limits, each kernel's bound, time and what is left, and what PESF saves. */

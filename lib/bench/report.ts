@@ -1,5 +1,5 @@
 /** A benchmark's results for people: plain tables. */
-import type { MachineLimits } from '../../types/native';
+import type { MachineLimits } from './limits';
 import type { PesfSaving } from './pesf';
 import { plural, type BenchReport, type BenchResult } from './index';
 
@@ -46,7 +46,7 @@ export function textReport(report: BenchReport): string {
   if (pesf.length > 0) parts.push(`PESF: time saved against work skipped\n${pesfTable(pesf)}`);
   const cycle = (settings.cycleBytes / 2 ** 20).toFixed(0);
   parts.push(
-    `Median, minimum and 90th percentile of one call. Weights cycled: ${cycle} MiB or one layer.\nShares: of the read bandwidth and of the arithmetic peak measured above.\n`,
+    `Median, minimum and 90th percentile of one call. Weights cycled: ${cycle} MiB or one layer.\nShares: of the read bandwidth and of the arithmetic peak measured beside each sample.\n`,
   );
   return parts.join('\n');
 }

@@ -1,6 +1,8 @@
 /** Timing of kernels: warmed up, interleaved, medians. */
 import { abortError } from '../native';
+import type { MachineRates } from '../../types/native';
 import type { Case } from './case';
+import type { LimitMeter } from './limits';
 
 /** Seconds a call. */
 export interface Timing {
@@ -13,9 +15,17 @@ export interface Timing {
   relative: number;
 }
 
+/** Samples of a case, in seconds a call, and what the machine allowed in the same turn. */
+export interface Samples {
+  seconds: number[];
+  beside: MachineRates[];
+}
+
 export interface TimingOptions {
   /** Seconds to spend on each case. */
   seconds: number;
+  /** Measures the machine's rates once a turn. */
+  meter: Pick<LimitMeter, 'pass'>;
   signal?: AbortSignal;
 }
 
@@ -25,10 +35,10 @@ const MIN_SAMPLES = 3;
 const MAX_SAMPLES = 200;
 
 /**
- * Times cases against each other: one sample of each in turn, so that what the machine does meanwhile hits all alike. The first
- * call of each warms it up and does not count.
+ * Times cases against each other: the machine's rates and one sample of each in turn, so that what the machine does meanwhile hits all
+ * alike. The first call of each warms it up and does not count.
  */
-export async function measure(cases: Case[], { seconds, signal }: TimingOptions): Promise<Timing[]> {
+export async function measure(cases: Case[], { seconds, meter, signal }: TimingOptions): Promise<Samples[]> {
   const calls: number[] = [];
   for (const one of cases) {
     stopIfAborted(signal);
@@ -36,20 +46,25 @@ export async function measure(cases: Case[], { seconds, signal }: TimingOptions)
     const once = await timed(one, 1);
     calls.push(Math.max(1, Math.ceil(SAMPLE_SECONDS / once)));
   }
-  const samples: number[][] = cases.map(() => []);
+  const samples: Samples[] = cases.map(() => ({ seconds: [], beside: [] }));
   const spent = cases.map(() => 0);
-  const wanted = (i: number) =>
-    samples[i]!.length < MIN_SAMPLES || (spent[i]! < seconds && samples[i]!.length < MAX_SAMPLES);
+  const wanted = (i: number) => {
+    const taken = samples[i]!.seconds.length;
+    return taken < MIN_SAMPLES || (spent[i]! < seconds && taken < MAX_SAMPLES);
+  };
   while (cases.some((_, i) => wanted(i))) {
+    stopIfAborted(signal);
+    const rates = await meter.pass();
     for (const [i, one] of cases.entries()) {
       if (!wanted(i)) continue;
       stopIfAborted(signal);
       const elapsed = await timed(one, calls[i]!);
-      samples[i]!.push(elapsed / calls[i]!);
+      samples[i]!.seconds.push(elapsed / calls[i]!);
+      samples[i]!.beside.push(rates);
       spent[i]! += elapsed;
     }
   }
-  return samples.map((own) => summarize(own, samples[0]));
+  return samples;
 }
 
 async function timed(one: Case, calls: number): Promise<number> {
@@ -73,7 +88,7 @@ export function summarize(samples: readonly number[], base = samples): Timing {
 }
 
 /** The mean of the two in the middle, where there are two. */
-function median(values: readonly number[]): number {
+export function median(values: readonly number[]): number {
   const sorted = [...values].sort((a, b) => a - b);
   const n = sorted.length;
   return (sorted[Math.floor((n - 1) / 2)]! + sorted[Math.floor(n / 2)]!) / 2;

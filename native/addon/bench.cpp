@@ -9,22 +9,25 @@ namespace {
 
 using Info = const Napi::CallbackInfo&;
 
-Napi::Value js_measure_limits(Info info) {
-  const Napi::Object o = info[0].As<Napi::Object>();
-  const double threads = number_from(o, "threads"), buffer = number_from(o, "bufferBytes");
-  if (!(threads >= 1 && threads <= 1024)) throw_invalid("threads must be between 1 and 1024");
-  if (!(buffer >= 0 && buffer <= 0x1p40)) throw_invalid("bufferBytes must be between 0 (default) and 1 TiB");
-  return Job<MachineLimits>::start(
-      info.Env(), info[1],
-      [threads, buffer] { return measure_limits(int(threads), buffer > 0 ? size_t(buffer) : default_limit_buffer()); },
-      [](Napi::Env env, MachineLimits& m) -> Napi::Value {
+Napi::Value js_limit_buffer(Info info) {
+  const double bytes = info[0].ToNumber();
+  if (!(bytes >= 0 && bytes <= 0x1p40)) throw_invalid("bufferBytes must be between 0 (default) and 1 TiB");
+  return Job<Tensor>::start(
+      info.Env(), info[1], [bytes] { return limit_buffer(size_t(bytes)); },
+      [](Napi::Env env, Tensor& t) { return wrap_tensor(env, std::move(t)); });
+}
+
+Napi::Value js_limit_pass(Info info) {
+  const auto buffer = TensorHandle::from(info[0], "buffer");
+  const double pass = info[1].ToNumber();
+  if (!(pass >= 0 && pass <= 0x1p32)) throw_invalid("expected a whole number for the pass");
+  return Job<MachineRates>::start(
+      info.Env(), info[2], [buffer, pass] { return limit_pass(*buffer, int64_t(pass)); },
+      [](Napi::Env env, MachineRates& m) -> Napi::Value {
         Napi::Object result = Napi::Object::New(env);
         result["readBandwidth"] = m.read_bandwidth;
         result["fmaPeak"] = m.fma_peak;
         result["int8Peak"] = m.int8_peak;
-        result["bufferBytes"] = double(m.buffer_bytes);
-        result["threads"] = m.threads;
-        result["isa"] = m.isa;
         return result;
       });
 }
@@ -56,7 +59,8 @@ template <Napi::Value (*f)(Info)> Napi::Value exported(Info info) {
 }  // namespace
 
 void define_bench(Napi::Env env, Napi::Object exports) {
-  exports["measureLimits"] = Napi::Function::New(env, exported<js_measure_limits>, "measureLimits");
+  exports["limitBuffer"] = Napi::Function::New(env, exported<js_limit_buffer>, "limitBuffer");
+  exports["limitPass"] = Napi::Function::New(env, exported<js_limit_pass>, "limitPass");
   exports["randomMatrix"] = Napi::Function::New(env, exported<js_random_matrix>, "randomMatrix");
 }
 

@@ -119,8 +119,10 @@ describe('timing', () => {
     expect(summarize([2, 30, 20], [1, 20, 40]).relative).toBe(1.5);
   });
 
-  test('cases take turns after one call of warm-up each', async () => {
+  test('the machine and the cases take turns after one call of warm-up each', async () => {
     const order: string[] = [];
+    const rates = { readBandwidth: 1, fmaPeak: 2, int8Peak: 3 };
+    const meter = { pass: async () => (order.push('-'), rates) };
     const fake = (name: string) => ({
       parameters: {},
       bytes: 0,
@@ -132,11 +134,12 @@ describe('timing', () => {
         while (performance.now() - begun < 11);
       },
     });
-    const [a, b] = await measure([fake('a'), fake('b')], { seconds: 0.001 });
-    expect([a!.samples, b!.samples]).toEqual([3, 3]);
-    expect(a!.min).toBeGreaterThan(0.01);
-    expect(order.join('')).toBe('aabbababab');
-    const aborted = measure([fake('a')], { seconds: 1, signal: AbortSignal.abort() });
+    const [a, b] = await measure([fake('a'), fake('b')], { seconds: 0.001, meter });
+    expect([a!.seconds.length, b!.seconds.length]).toEqual([3, 3]);
+    expect(a!.beside).toEqual([rates, rates, rates]);
+    expect(Math.min(...a!.seconds)).toBeGreaterThan(0.01);
+    expect(order.join('')).toBe('aabb-ab-ab-ab');
+    const aborted = measure([fake('a')], { seconds: 1, meter, signal: AbortSignal.abort() });
     await expect(aborted).rejects.toMatchObject({ code: 'ABORTED' });
   });
 });

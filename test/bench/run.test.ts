@@ -186,16 +186,9 @@ describe('runBench', () => {
   });
 });
 
-test('rates: against memory, and against the peak of the arithmetic', () => {
-  const limits = {
-    readBandwidth: 1e9,
-    fmaPeak: 4e9,
-    int8Peak: 8e9,
-    bufferBytes: 0,
-    threads: 2,
-    isa: 'avx2',
-  };
-  const time = { median: 0.5, min: 0.4, p90: 0.6, samples: 3, relative: 1 };
+test('rates: against memory and the peak of the arithmetic beside each sample', () => {
+  const machine = { readBandwidth: 1e9, fmaPeak: 4e9, int8Peak: 8e9 };
+  const samples = { seconds: [0.5, 0.4, 0.6], beside: [machine, machine, machine] };
   const one = (arithmetic: Case['arithmetic'], bytes: number, operations: number): Case => ({
     parameters: {},
     bytes,
@@ -203,7 +196,7 @@ test('rates: against memory, and against the peak of the arithmetic', () => {
     arithmetic,
     run: async () => {},
   });
-  expect(rate(one('int8', 1e8, 2e9), time, limits)).toMatchObject({
+  expect(rate(one('int8', 1e8, 2e9), samples)).toMatchObject({
     bandwidth: 2e8,
     bandwidthShare: 0.2,
     throughput: 4e9,
@@ -211,11 +204,19 @@ test('rates: against memory, and against the peak of the arithmetic', () => {
     bound: 0.25,
     boundShare: 0.5,
   });
-  expect(rate(one('float32', 1e8, 1e9), time, limits).throughputShare).toBe(0.5);
-  expect(rate(one('float64', 4e8, 1e8), time, limits)).toMatchObject({
+  expect(rate(one('float32', 1e8, 1e9), samples).throughputShare).toBe(0.5);
+  expect(rate(one('float64', 4e8, 1e8), samples)).toMatchObject({
     throughputShare: 0.1,
     bound: 0.4,
     boundShare: 0.8,
+  });
+  // A machine that was half as fast for one sample, and for what was measured beside it: the same share.
+  const half = { readBandwidth: 5e8, fmaPeak: 2e9, int8Peak: 4e9 };
+  const disturbed = { seconds: [0.5, 1, 1], beside: [machine, half, half] };
+  expect(rate(one('int8', 1e8, 2e9), disturbed)).toMatchObject({
+    throughput: 2e9,
+    boundShare: 0.5,
+    bound: 0.5,
   });
 });
 
