@@ -4,14 +4,32 @@
  */
 import type { Activation, RouterSpec } from '../../types/native';
 
+/** The matrix [out, in] (or bias [out]) of one expert within a tensor that holds all experts'. */
+export interface ExpertPart {
+  tensor: string;
+  /** Of that tensor, [experts, ., .] or, for biases, [experts, .]. */
+  shape: number[];
+  expert: number;
+  /** The expert's output channels `from`, `from + step`, ...; gate and up often share a tensor, one after the other or interleaved. */
+  from: number;
+  step: number;
+  /** Stored [experts, in, out] instead of [experts, out, in]. */
+  transposed: boolean;
+}
+
 /** A linear layer, y = x Wᵀ + b. */
 export interface LinearSpec {
-  /** Tensor name of the weight, [out, in]. */
+  /**
+   * Tensor name of the weight, [out, in]. Where the published checkpoint fuses experts (`fused`), this is the name under which the matrix is
+   * known to plans and written when quantized.
+   */
   weight: string;
   /** Tensor name of the bias, [out]. */
   bias?: string;
   out: number;
   in: number;
+  /** Where weight and bias lie in tensors of several experts. A checkpoint that holds `weight` itself is read, too. */
+  fused?: { weight: ExpertPart; bias?: ExpertPart };
 }
 
 /** A normalisation of the hidden states. */
