@@ -2,13 +2,14 @@
 import type { Control, Matrix, Tensor } from '../../types/native';
 import {
   biasOf,
+  isView,
   readStored,
   storageOf,
-  isView,
   viewStored,
   weightOf,
   type Wanted,
 } from '../architecture/storage';
+import { attentionLinears } from '../architecture/tensors';
 import type { LayerSpec, LinearSpec } from '../architecture/types';
 import {
   moduleOf,
@@ -19,7 +20,7 @@ import {
 } from '../checkpoint/quantized';
 import { EacMoeError } from '../errors';
 import { abortError, native, withSignal } from '../native';
-import type { WeightSource } from './layer';
+import type { WeightSource } from './linear';
 
 export class CheckpointWeights implements WeightSource {
   readonly #reader: TensorReader;
@@ -125,5 +126,5 @@ export class CheckpointWeights implements WeightSource {
 /** The matrices of a layer that may be quantized. */
 export function layerMatrices({ attention: a, feedForward: f }: LayerSpec): LinearSpec[] {
   const glus = f.kind === 'dense' ? [f] : [...f.experts, ...(f.shared ? [f.shared] : [])];
-  return [a.q, a.k, a.v, a.o, ...glus.flatMap(({ gate, up, down }) => [gate, up, down])];
+  return [...attentionLinears(a), ...glus.flatMap(({ gate, up, down }) => [gate, up, down])];
 }
