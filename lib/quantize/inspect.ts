@@ -1,5 +1,6 @@
 /** What a model directory holds, and what it would weigh compressed. Reads configuration and headers, no weights. */
-import { describe } from '../architecture';
+import { describe, type Architecture } from '../architecture';
+import { storageOf } from '../architecture/storage';
 import { checkTensors, requiredTensors } from '../architecture/tensors';
 import { moduleOf, quantizationOf } from '../checkpoint/quantized';
 import { Checkpoint } from '../checkpoint/source';
@@ -32,7 +33,7 @@ export interface ModelInfo {
   parameters: number;
   /** What one token uses. */
   activeParameters: number;
-  /** Of the weights that are not quantized, as config.json has it. */
+  /** Of the weights that are not quantized: `fp8` or `mxfp4` where matrices are published so, else as config.json has it. */
   dtype: string;
   /** Size of the weight files. */
   bytes: number;
@@ -52,6 +53,15 @@ export interface ModelInfo {
 export type InspectOptions = Omit<PlanOptions, 'bits'>;
 
 const BITS = [2, 2.5, 3, 4] as const;
+
+/** The first matrix that is stored below 16 bit without being quantized says it of all. */
+function publishedDtype(architecture: Architecture, checkpoint: Checkpoint): 'fp8' | 'mxfp4' | undefined {
+  for (const tensor of requiredTensors(architecture)) {
+    const kind = storageOf(checkpoint, tensor)?.kind;
+    if (kind === 'fp8' || kind === 'mxfp4') return kind;
+  }
+  return undefined;
+}
 
 /** @throws EacMoeError FILE_NOT_FOUND, INVALID_CHECKPOINT, INVALID_TENSOR or UNSUPPORTED_MODEL, naming the file or tensor */
 export function inspectModel(path: string, options: InspectOptions = {}): ModelInfo {
@@ -79,7 +89,7 @@ export function inspectModel(path: string, options: InspectOptions = {}): ModelI
       maxPositions: architecture.maxPositions,
       parameters,
       activeParameters,
-      dtype: config.dtype,
+      dtype: publishedDtype(architecture, checkpoint) ?? config.dtype,
       bytes: checkpoint.byteLength,
       sizes: [
         { bits: 16, bytes: bytesAt16Bit, averageBits: 16, averageBitsWithOverhead: 16 },
