@@ -72,6 +72,13 @@ export interface MappedFile {
   dispose(): void;
 }
 
+/** Rows from, from + step, ... of a matrix. */
+export interface RowRange {
+  from: number;
+  step: number;
+  rows: number;
+}
+
 export interface QuantOptions {
   bits: number;
   groupSize: number;
@@ -99,8 +106,11 @@ export interface KvCache {
 
 /** How router logits become chosen experts and weights. */
 export interface RouterSpec {
-  /** softmax over all experts then top-k; or the sparse mixer of Phi-3.5-MoE (top-2, arXiv 2409.12136, evaluation mode). */
-  scoring: 'softmax' | 'sparse-mixer';
+  /**
+   * Scores by softmax over all experts or by a sigmoid each, then top-k; or the sparse mixer of Phi-3.5-MoE (top-2, arXiv 2409.12136,
+   * evaluation mode).
+   */
+  scoring: 'softmax' | 'sigmoid' | 'sparse-mixer';
   topK: number;
   /** Divide the chosen weights by their sum. */
   renormalize: boolean;
@@ -108,12 +118,20 @@ export interface RouterSpec {
   scale: number;
   /** Sparse mixer only: the router's jitter epsilon. */
   jitter: number;
+  /** [experts]: added to the scores when experts are chosen, never to their weights (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). */
+  correction?: Tensor;
+  /**
+   * Experts in `count` groups, one after the other; only those of the `top` best groups can be chosen. A group is worth its `best`
+   * experts: the best one (DeepSeek-V2, arXiv 2405.04434) or the best two together (V3).
+   */
+  groups?: { count: number; top: number; best: 1 | 2 };
 }
 
 export type Register = number;
 /** How products with quantized weights treat their inputs: as int8 in blocks of up to 128 channels, or exactly. */
 export type Activations = 'int8' | 'float32';
-export type Activation = 'silu' | 'gelu' | 'gelu-tanh' | 'relu';
+/** `clamped-swiglu` (gpt-oss): g sigmoid(1.702 g) (up + 1) with g = min(gate, 7) and up within ±7. */
+export type Activation = 'silu' | 'gelu' | 'gelu-tanh' | 'relu' | 'clamped-swiglu';
 
 /**
  * One step of a program. Registers hold one row a token unless said otherwise; widths are declared with the program.
@@ -130,6 +148,8 @@ export type Op =
       op: 'rope';
       x: Register;
       headDim: number;
+      /** First turning channel of a head; default 0. */
+      offset?: number;
       frequencies: Tensor;
       scale: number;
       interleaved: boolean;
@@ -148,9 +168,13 @@ export type Op =
       heads: number;
       kvHeads: number;
       headDim: number;
+      /** Channels of a value; default headDim. */
+      valueDim?: number;
       scale: number;
       /** Sliding window in tokens; 0 = none. */
       window: number;
+      /** [heads]: a logit of each head that joins the softmax's denominator and has no value (gpt-oss). */
+      sinks?: Tensor;
     }
   /** logits [tokens, experts] -> weights, indices [tokens, topK], counts [sequences, experts]. */
   | {
@@ -178,11 +202,33 @@ export type Op =
       down: Matrix[];
       activation: Activation;
       shared?: { gate: Matrix; up: Matrix; down: Matrix; outputGate?: Matrix };
+      /** Of the routed experts, one of each an expert. */
+      biases?: { gate: Tensor[]; up: Tensor[]; down: Tensor[] };
       add?: boolean;
     }
   /** gate = activation(gate) * up, in place. */
   | { op: 'glu'; gate: Register; up: Register; activation: Activation }
   | { op: 'copy'; x: Register; out: Register }
+  /** x *= scale */
+  | { op: 'scale'; x: Register; scale: number }
+  /** out += scale * x */
+  | { op: 'addScaled'; x: Register; out: Register; scale: number }
+  /** Some columns of each head: out[h][to + i] = x[h][from + i], i < count. */
+  | { op: 'columns'; x: Register; out: Register; heads: number; from: number; to: number; count: number }
+  /**
+   * A product for each head, with rows [begin, begin + count) of the head's block of `weight`, or their transpose (kernels/matmul/head_linear.h).
+   * It takes the first channels of each head of x and gives the first of out.
+   */
+  | {
+      op: 'headLinear';
+      x: Register;
+      out: Register;
+      weight: Matrix;
+      heads: number;
+      begin: number;
+      count: number;
+      transposed: boolean;
+    }
   /** out, one row a sequence: its last row of x. */
   | { op: 'lastRows'; x: Register; out: Register }
   /** logits [sequences, vocabulary] -> ids [sequences, 1], under the frame's sampling options. */
@@ -269,6 +315,22 @@ export interface NativeBinding {
   gatherRows(x: Tensor, indices: Int32Array, out: Tensor): Promise<void>;
   /** One pass over a float tensor: the index of the first element that is NaN or infinite, or -1, and a 64-bit hash of the contents. */
   scanTensor(tensor: Tensor, control?: Control): Promise<{ nonFinite: number; hash: string }>;
+
+  /**
+   * Rows from, from + step, ... of a matrix of any dtype, or of its transpose, copied: m [a, b] -> [rows, b], or [rows, a] where transposed
+   * (native/kernels/convert/convert.h).
+   */
+  copyPart(m: Tensor, part: RowRange & { transposed: boolean }, control?: Control): Promise<Tensor>;
+  /**
+   * FP8 weights (e4m3): codes u8 [rows, cols], scales f32, f16 or bf16, one a block of `block` [rows, cols] -> bf16 [rows, cols]. NON_FINITE
+   * for a NaN code or a scale that is not finite, with its place.
+   */
+  decodeFp8(codes: Tensor, scales: Tensor, block: [number, number], control?: Control): Promise<Tensor>;
+  /**
+   * MXFP4 weights: rows from, from + step, ... of blocks u8 [a, 16 g], 32 codes each, with scales u8 [a, g] -> bf16 [rows, 32 g]. NON_FINITE
+   * for a scale of 255 (NaN), with its place.
+   */
+  decodeMxfp4(blocks: Tensor, scales: Tensor, part: RowRange, control?: Control): Promise<Tensor>;
 
   quantizeRtn(
     w: Tensor,

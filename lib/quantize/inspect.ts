@@ -1,5 +1,6 @@
 /** What a model directory holds, and what it would weigh compressed. Reads configuration and headers, no weights. */
-import { describe } from '../architecture';
+import { describe, type Architecture } from '../architecture';
+import { storageOf } from '../architecture/storage';
 import { checkTensors, requiredTensors } from '../architecture/tensors';
 import { moduleOf, quantizationOf } from '../checkpoint/quantized';
 import { Checkpoint } from '../checkpoint/source';
@@ -34,7 +35,7 @@ export interface ModelInfo {
   parameters: number;
   /** What one token uses. */
   activeParameters: number;
-  /** Of the weights that are not quantized, as config.json has it. */
+  /** Of the weights that are not quantized: `fp8` or `mxfp4` where matrices are published so, else as config.json has it. */
   dtype: string;
   /** Size of the weight files. */
   bytes: number;
@@ -54,6 +55,15 @@ export interface ModelInfo {
 export type InspectOptions = Omit<PlanOptions, 'bits'> & DownloadOptions;
 
 const BITS = [2, 2.5, 3, 4] as const;
+
+/** The first matrix that is stored below 16 bit without being quantized says it of all. */
+function publishedDtype(architecture: Architecture, checkpoint: Checkpoint): 'fp8' | 'mxfp4' | undefined {
+  for (const tensor of requiredTensors(architecture)) {
+    const kind = storageOf(checkpoint, tensor)?.kind;
+    if (kind === 'fp8' || kind === 'mxfp4') return kind;
+  }
+  return undefined;
+}
 
 /**
  * Describes a model directory, or `hf:<owner>/<name>[@revision]`, of whose weights only the headers are downloaded.
@@ -89,7 +99,7 @@ function describeModel(directory: string, options: InspectOptions): Omit<ModelIn
       maxPositions: architecture.maxPositions,
       parameters,
       activeParameters,
-      dtype: config.dtype,
+      dtype: publishedDtype(architecture, checkpoint) ?? config.dtype,
       bytes: checkpoint.byteLength,
       sizes: [
         { bits: 16, bytes: bytesAt16Bit, averageBits: 16, averageBitsWithOverhead: 16 },
