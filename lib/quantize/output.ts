@@ -7,7 +7,7 @@
  */
 import { existsSync } from 'node:fs';
 import { mkdir, readdir, rm, statfs } from 'node:fs/promises';
-import { basename, dirname, join, resolve } from 'node:path';
+import { dirname, join, resolve } from 'node:path';
 import type { Matrix, Tensor } from '../../types/native';
 import type { Architecture } from '../architecture/types';
 import { storageOf } from '../architecture/storage';
@@ -145,14 +145,14 @@ export class QuantizedOutput {
   }
 
   /** Writes what belongs to no layer, the index, the tokenizer's files, the report and at last config.json. Returns the bytes of the weights. */
-  async finish(summary: Record<string, unknown>): Promise<number> {
+  async finish(sourceName: string, summary: Record<string, unknown>): Promise<number> {
     await this.#writeShard(-1, new Map());
     const bytes = await this.#writeIndex();
     await copyCompanionFiles(this.#source.dir, this.dir);
     const { version: by, source, recipe, calibration } = this.#job;
     await writeJson(join(this.dir, REPORT), {
       version: by,
-      source: { name: basename(resolve(this.#source.dir)), fingerprint: source },
+      source: { name: sourceName, fingerprint: source },
       options: recipe,
       calibration,
       ...summary,
