@@ -99,8 +99,11 @@ export interface KvCache {
 
 /** How router logits become chosen experts and weights. */
 export interface RouterSpec {
-  /** softmax over all experts then top-k; or the sparse mixer of Phi-3.5-MoE (top-2, arXiv 2409.12136, evaluation mode). */
-  scoring: 'softmax' | 'sparse-mixer';
+  /**
+   * Scores by softmax over all experts or by a sigmoid each, then top-k; or the sparse mixer of Phi-3.5-MoE (top-2, arXiv 2409.12136,
+   * evaluation mode).
+   */
+  scoring: 'softmax' | 'sigmoid' | 'sparse-mixer';
   topK: number;
   /** Divide the chosen weights by their sum. */
   renormalize: boolean;
@@ -108,12 +111,20 @@ export interface RouterSpec {
   scale: number;
   /** Sparse mixer only: the router's jitter epsilon. */
   jitter: number;
+  /** [experts]: added to the scores when experts are chosen, never to their weights (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). */
+  correction?: Tensor;
+  /**
+   * Experts in `count` groups, one after the other; only those of the `top` best groups can be chosen. A group is worth its `best`
+   * experts: the best one (DeepSeek-V2, arXiv 2405.04434) or the best two together (V3).
+   */
+  groups?: { count: number; top: number; best: 1 | 2 };
 }
 
 export type Register = number;
 /** How products with quantized weights treat their inputs: as int8 in blocks of up to 128 channels, or exactly. */
 export type Activations = 'int8' | 'float32';
-export type Activation = 'silu' | 'gelu' | 'gelu-tanh' | 'relu';
+/** `clamped-swiglu` (gpt-oss): g sigmoid(1.702 g) (up + 1) with g = min(gate, 7) and up within ±7. */
+export type Activation = 'silu' | 'gelu' | 'gelu-tanh' | 'relu' | 'clamped-swiglu';
 
 /**
  * One step of a program. Registers hold one row a token unless said otherwise; widths are declared with the program.
@@ -130,6 +141,8 @@ export type Op =
       op: 'rope';
       x: Register;
       headDim: number;
+      /** First turning channel of a head; default 0. */
+      offset?: number;
       frequencies: Tensor;
       scale: number;
       interleaved: boolean;
@@ -148,9 +161,13 @@ export type Op =
       heads: number;
       kvHeads: number;
       headDim: number;
+      /** Channels of a value; default headDim. */
+      valueDim?: number;
       scale: number;
       /** Sliding window in tokens; 0 = none. */
       window: number;
+      /** [heads]: a logit of each head that joins the softmax's denominator and has no value (gpt-oss). */
+      sinks?: Tensor;
     }
   /** logits [tokens, experts] -> weights, indices [tokens, topK], counts [sequences, experts]. */
   | {
@@ -178,11 +195,33 @@ export type Op =
       down: Matrix[];
       activation: Activation;
       shared?: { gate: Matrix; up: Matrix; down: Matrix; outputGate?: Matrix };
+      /** Of the routed experts, one of each an expert. */
+      biases?: { gate: Tensor[]; up: Tensor[]; down: Tensor[] };
       add?: boolean;
     }
   /** gate = activation(gate) * up, in place. */
   | { op: 'glu'; gate: Register; up: Register; activation: Activation }
   | { op: 'copy'; x: Register; out: Register }
+  /** x *= scale */
+  | { op: 'scale'; x: Register; scale: number }
+  /** out += scale * x */
+  | { op: 'addScaled'; x: Register; out: Register; scale: number }
+  /** Some columns of each head: out[h][to + i] = x[h][from + i], i < count. */
+  | { op: 'columns'; x: Register; out: Register; heads: number; from: number; to: number; count: number }
+  /**
+   * A product for each head, with rows [begin, begin + count) of the head's block of `weight`, or their transpose (kernels/matmul/head_linear.h).
+   * It takes the first channels of each head of x and gives the first of out.
+   */
+  | {
+      op: 'headLinear';
+      x: Register;
+      out: Register;
+      weight: Matrix;
+      heads: number;
+      begin: number;
+      count: number;
+      transposed: boolean;
+    }
   /** out, one row a sequence: its last row of x. */
   | { op: 'lastRows'; x: Register; out: Register }
   /** logits [sequences, vocabulary] -> ids [sequences, 1], under the frame's sampling options. */

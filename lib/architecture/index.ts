@@ -2,9 +2,19 @@
 import type { ModelConfig } from '../checkpoint/config';
 import { EacMoeError } from '../errors';
 import { deepseek } from './deepseek';
+import { deepseekV2 } from './deepseek_v2';
+import { deepseekV3 } from './deepseek_v3';
+import { ernieMoe } from './ernie4_5_moe';
+import { glm4Moe } from './glm4_moe';
+import { gptOss } from './gpt_oss';
+import { graniteMoe } from './granitemoe';
+import { hunyuanMoe } from './hunyuan_v1_moe';
+import { minimaxM2 } from './minimax_m2';
 import { mixtral } from './mixtral';
+import { olmoe } from './olmoe';
 import { phimoe } from './phimoe';
 import { qwen2Moe } from './qwen2_moe';
+import { qwen3Moe } from './qwen3_moe';
 import type { Architecture } from './types';
 
 export type * from './types';
@@ -14,6 +24,16 @@ const FAMILIES: ReadonlyMap<string, (config: ModelConfig) => Architecture> = new
   ['phimoe', phimoe],
   ['deepseek', deepseek],
   ['qwen2_moe', qwen2Moe],
+  ['qwen3_moe', qwen3Moe],
+  ['olmoe', olmoe],
+  ['deepseek_v2', deepseekV2],
+  ['deepseek_v3', deepseekV3],
+  ['gpt_oss', gptOss],
+  ['granitemoe', graniteMoe],
+  ['glm4_moe', glm4Moe],
+  ['minimax_m2', minimaxM2],
+  ['ernie4_5_moe', ernieMoe],
+  ['hunyuan_v1_moe', hunyuanMoe],
 ]);
 
 /** `model_type`s that can be read. */

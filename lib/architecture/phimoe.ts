@@ -48,6 +48,6 @@ export function phimoe(config: ModelConfig): Architecture {
         activation: activation(config),
       },
     }),
-    config.boolean('lm_head_bias', false),
+    { headBias: config.boolean('lm_head_bias', false) },
   );
 }

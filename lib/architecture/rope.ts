@@ -72,15 +72,34 @@ function yarn(config: ModelConfig, theta: number, dim: number): Omit<RopeSpec, '
   return { frequencies, scale: fields.positiveNumber('attention_factor', implied) };
 }
 
-/** The rotary embedding of heads of `headDim` channels. `defaultTheta` is the family's, for a config.json that gives none. */
-export function ropeSpec(config: ModelConfig, headDim: number, defaultTheta = 10000): RopeSpec {
+/**
+ * The softmax scale of yarn models that give `mscale_all_dim`, relative to the plain one: the square of YaRN's attention factor
+ * (DeepSeek-V2's and V3's published code).
+ */
+export function yarnScale(config: ModelConfig): number {
+  const { type, fields } = config.rope;
+  const all = type === 'default' ? 0 : fields.nonNegativeNumber('mscale_all_dim', 0);
+  const factor = all > 0 ? fields.positiveNumber('factor') : 1;
+  return factor <= 1 ? 1 : (0.1 * all * Math.log(factor) + 1) ** 2;
+}
+
+/**
+ * The rotary embedding of heads of `headDim` channels. `defaultTheta` is the family's, for a config.json that gives none; `rotaryDim` the
+ * channels that turn, where config.json does not say it by `partial_rotary_factor`.
+ */
+export function ropeSpec(
+  config: ModelConfig,
+  headDim: number,
+  defaultTheta = 10000,
+  rotaryDim?: number,
+): RopeSpec {
   const { type, fields } = config.rope;
   const theta = config.rope.theta ?? defaultTheta;
   const partial = fields.positiveNumber(
     'partial_rotary_factor',
     config.positiveNumber('partial_rotary_factor', 1),
   );
-  const dim = Math.trunc(headDim * partial);
+  const dim = rotaryDim ?? Math.trunc(headDim * partial);
   if (dim % 2 !== 0 || dim === 0 || dim > headDim) {
     throw new EacMoeError(
       'INVALID_CHECKPOINT',
@@ -92,6 +111,12 @@ export function ropeSpec(config: ModelConfig, headDim: number, defaultTheta = 10
   if (type === 'linear') {
     const factor = fields.positiveNumber('factor');
     return { dim, interleaved: false, frequencies: plain.map((f) => f32(f / factor)), scale: 1 };
+  }
+  if (type === 'dynamic' && fields.has('alpha')) {
+    // Hunyuan's: as if trained with a larger base, at every length.
+    const base = theta * Math.pow(fields.positiveNumber('alpha'), dim / (dim - 2));
+    const frequencies = powers(base, dim).map((power) => f32(1 / power));
+    return { dim, interleaved: false, frequencies, scale: 1 };
   }
   if (type === 'longrope') return { dim, interleaved: false, ...longrope(config, theta, dim) };
   if (type === 'yarn') return { dim, interleaved: false, ...yarn(config, theta, dim) };

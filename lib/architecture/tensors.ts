@@ -3,7 +3,7 @@ import { WEIGHT_DTYPES } from '../checkpoint/dtypes';
 import type { ModelConfig } from '../checkpoint/config';
 import { moduleOf, quantizationOf, quantizedTensors, type Quantization } from '../checkpoint/quantized';
 import { EacMoeError } from '../errors';
-import type { Architecture, GluSpec, LayerSpec, LinearSpec, NormSpec } from './types';
+import type { Architecture, AttentionSpec, GluSpec, LayerSpec, LinearSpec, NormSpec } from './types';
 
 export type TensorRole =
   | 'attention'
@@ -18,7 +18,18 @@ export type TensorRole =
   /** The output gate of a shared expert. */
   | 'gate';
 
-export type Projection = 'q' | 'k' | 'v' | 'o' | 'gate' | 'up' | 'down';
+export type Projection =
+  | 'q'
+  | 'k'
+  | 'v'
+  | 'o'
+  /** Of latent attention: down to the latent vectors, and up from that of keys and values. */
+  | 'q_a'
+  | 'kv_a'
+  | 'kv_b'
+  | 'gate'
+  | 'up'
+  | 'down';
 
 export interface RequiredTensor {
   name: string;
@@ -59,21 +70,62 @@ function gluTensors(spec: GluSpec, place: Place): RequiredTensor[] {
   );
 }
 
+/** The linear layers of attention by their projection, in the order in which they are used. */
+function attentionProjections(a: AttentionSpec): [Projection, LinearSpec][] {
+  if (a.kind === 'grouped')
+    return [
+      ['q', a.q],
+      ['k', a.k],
+      ['v', a.v],
+      ['o', a.o],
+    ];
+  return [
+    ...(a.qDown ? [['q_a', a.qDown] as [Projection, LinearSpec]] : []),
+    ['q', a.q],
+    ['kv_a', a.kvDown],
+    ['kv_b', a.kvUp],
+    ['o', a.o],
+  ];
+}
+
+export function attentionLinears(a: AttentionSpec): LinearSpec[] {
+  return attentionProjections(a).map(([, spec]) => spec);
+}
+
+function attentionTensors(a: AttentionSpec, layer: number): RequiredTensor[] {
+  const norms =
+    a.kind === 'latent'
+      ? [...(a.qDown ? [a.qDown.norm] : []), a.kvNorm]
+      : a.norms
+        ? [a.norms.q, a.norms.k]
+        : [];
+  const sinks = a.kind === 'grouped' ? a.sinks : undefined;
+  return [
+    ...attentionProjections(a).flatMap(([projection, spec]) =>
+      linearTensors(spec, { role: 'attention', layer, projection }),
+    ),
+    ...norms.flatMap((norm) => normTensors(norm, layer)),
+    ...(sinks ? [{ name: sinks, shape: [a.heads], role: 'bias' as const, layer }] : []),
+  ];
+}
+
 /** The tensors of one layer, in the order in which they are used. */
 export function layerTensors(spec: LayerSpec, layer: number): RequiredTensor[] {
   const { attention, feedForward } = spec;
   const before = [
     ...normTensors(spec.attentionNorm, layer),
-    ...(['q', 'k', 'v', 'o'] as const).flatMap((projection) =>
-      linearTensors(attention[projection], { role: 'attention', layer, projection }),
-    ),
+    ...attentionTensors(attention, layer),
     ...normTensors(spec.feedForwardNorm, layer),
   ];
   if (feedForward.kind === 'dense') return [...before, ...gluTensors(feedForward, { role: 'dense', layer })];
   const { router, experts, shared } = feedForward;
+  const { correction } = router;
   return [
     ...before,
     ...linearTensors(router, { role: 'router', layer }),
+    ...(correction
+      ? [{ name: correction.tensor, shape: correction.shape, role: 'bias' as const, layer }]
+      : []),
     ...experts.flatMap((expert, e) => gluTensors(expert, { role: 'expert', layer, expert: e })),
     ...(shared ? gluTensors(shared, { role: 'shared', layer }) : []),
     ...(shared?.outputGate ? linearTensors(shared.outputGate, { role: 'gate', layer }) : []),

@@ -57,7 +57,8 @@ export interface RopeSpec {
 }
 
 /** Causal attention with grouped query heads; widths follow from the projections. */
-export interface AttentionSpec {
+export interface GroupedAttentionSpec {
+  kind: 'grouped';
   q: LinearSpec;
   k: LinearSpec;
   v: LinearSpec;
@@ -70,7 +71,38 @@ export interface AttentionSpec {
   rope: RopeSpec;
   /** Sliding window in tokens, 0 = none. */
   window: number;
+  /** Of queries and keys: of each head (size headDim) or of all together, before or after the rotary embedding. */
+  norms?: { q: NormSpec; k: NormSpec; afterRope: boolean };
+  /** Tensor name of a logit a head that takes its share of the softmax and has no value, [heads]. */
+  sinks?: string;
 }
+
+/**
+ * Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): keys and values are products of a latent vector a token, which
+ * is what the cache holds, and one rotary key that all heads share.
+ */
+export interface LatentAttentionSpec {
+  kind: 'latent';
+  /** To heads * (nopeDim + ropeDim), from the input or from a latent vector of its own. */
+  q: LinearSpec;
+  qDown?: LinearSpec & { norm: NormSpec };
+  /** To rank + ropeDim: the latent vector and the rotary key. */
+  kvDown: LinearSpec;
+  kvNorm: NormSpec;
+  /** From rank to heads * (nopeDim + valueDim): each head's keys without position, then its values. */
+  kvUp: LinearSpec;
+  o: LinearSpec;
+  heads: number;
+  nopeDim: number;
+  ropeDim: number;
+  valueDim: number;
+  rank: number;
+  /** Multiplies q·k. */
+  scale: number;
+  rope: RopeSpec;
+}
+
+export type AttentionSpec = GroupedAttentionSpec | LatentAttentionSpec;
 
 /** down(activation(gate x) * up x) */
 export interface GluSpec {
@@ -79,10 +111,15 @@ export interface GluSpec {
   down: LinearSpec;
 }
 
+/** How a router chooses; `correction` by the name and shape of its tensor. */
+export type RouterOptions = Omit<RouterSpec, 'correction'> & {
+  correction?: { tensor: string; shape: number[] };
+};
+
 /** A Mixture-of-Experts feed-forward: router, experts, and a shared expert where the family has one. */
 export interface MoeSpec {
   kind: 'moe';
-  router: LinearSpec & RouterSpec;
+  router: LinearSpec & RouterOptions;
   experts: GluSpec[];
   activation: Activation;
   /** Runs for every token; `gate` ([1, hidden]) scales its output by a sigmoid. */
@@ -95,12 +132,14 @@ export interface DenseSpec extends GluSpec {
   activation: Activation;
 }
 
-/** A pre-norm decoder layer: h += attention(norm(h)); h += feedForward(norm(h)). */
+/** A pre-norm decoder layer: h += residualScale * attention(norm(h)); h += residualScale * feedForward(norm(h)). */
 export interface LayerSpec {
   attentionNorm: NormSpec;
   attention: AttentionSpec;
   feedForwardNorm: NormSpec;
   feedForward: MoeSpec | DenseSpec;
+  /** Default 1. */
+  residualScale?: number;
 }
 
 /** A whole model. */
@@ -116,4 +155,6 @@ export interface Architecture {
   norm: NormSpec;
   /** `weight` is the embedding's when tied. */
   head: LinearSpec;
+  /** Multiplies the logits; default 1. */
+  logitScale?: number;
 }

@@ -15,14 +15,9 @@ import type {
 } from '../../types/native';
 import type { Architecture, MoeSpec } from '../architecture/types';
 import { native } from '../native';
-import {
-  pushLastTokens,
-  pushLayer,
-  pushLinear,
-  pushNorm,
-  type LayerStages,
-  type WeightSource,
-} from './layer';
+import { cacheWidths } from './attention';
+import { pushLastTokens, pushLayer, type LayerStages } from './layer';
+import { pushLinear, pushNorm, type WeightSource } from './linear';
 import type { ExpertPolicy } from './policy';
 import { ProgramBuilder, type Range } from './program';
 
@@ -94,12 +89,7 @@ export class Decoder {
   }
 
   createCache(): KvCache {
-    return native().createKvCache(
-      this.#architecture.layers.map(({ attention: a }) => ({
-        keyWidth: a.kvHeads * a.headDim,
-        valueWidth: a.kvHeads * a.headDim,
-      })),
-    );
+    return native().createKvCache(this.#architecture.layers.map(({ attention }) => cacheWidths(attention)));
   }
 
   /** Embeds the batch and runs all layers; the caller reads the frame inside `use`. Caches hold the batch only if all went well. */
@@ -221,7 +211,7 @@ export class Decoder {
 function pushHead(
   b: ProgramBuilder,
   w: WeightSource,
-  { norm, head }: Architecture,
+  { norm, head, logitScale = 1 }: Architecture,
   rows: 'tokens' | 'sequences',
   x: Register,
   out: Register,
@@ -229,6 +219,7 @@ function pushHead(
   const normed = b.register('normed', norm.size, 'f32', rows);
   pushNorm(b, w, norm, x, normed);
   pushLinear(b, w, head, normed, out);
+  if (logitScale !== 1) b.push({ op: 'scale', x: out, scale: logitScale });
 }
 
 /** The policy's decision for every sequence of the batch, or null when nothing is pruned. Single tokens are never pruned. */

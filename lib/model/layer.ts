@@ -2,18 +2,13 @@
  * One decoder layer as a list of operations: the interpreter of `LayerSpec`. The list is cut into stages so that a method can look
  * between them (calibration) or decide between them (pruning).
  */
-import type { Matrix, Register, RegisterSpec, RouterSpec, Tensor } from '../../types/native';
-import type { GluSpec, LayerSpec, LinearSpec, MoeSpec, NormSpec, RopeSpec } from '../architecture/types';
-import { native } from '../native';
+import type { Register, RegisterSpec, RouterSpec } from '../../types/native';
+import type { GluSpec, LayerSpec, MoeSpec, RouterOptions } from '../architecture/types';
+import { pushAttention, type AttentionInput } from './attention';
+import { hasBias, pushLinear, pushNorm, type WeightSource } from './linear';
 import type { ProgramBuilder, Range } from './program';
 
 type Rows = RegisterSpec['rows'];
-
-/** Where a layer's weights come from. */
-export interface WeightSource {
-  matrix(spec: LinearSpec): Matrix;
-  tensor(name: string, shape: number[]): Tensor;
-}
 
 /** What the stages read and leave behind. All f32 [tokens, width] unless said otherwise. */
 export interface LayerRegisters {
@@ -21,7 +16,7 @@ export interface LayerRegisters {
   h: Register;
   /** Normed input of the attention, then of the feed-forward. */
   x: Register;
-  /** Input of the output projection, [tokens, heads * headDim]. */
+  /** Input of the output projection. */
   context: Register;
   moe?: MoeRegisters;
 }
@@ -39,11 +34,13 @@ export interface LayerStages extends OutputStages {
   attentionNorm: Range;
   /** x -> context; appends to the cache */
   attention: Range;
+  /** The inputs of the attention's linear layers, in the order in which they come to be. */
+  attentionInputs: AttentionInput[];
 }
 
 /** What follows the attention. */
 export interface OutputStages {
-  /** h += o_proj(context) */
+  /** h += output projection of context */
   attentionOutput: Range;
   /** h -> x */
   feedForwardNorm: Range;
@@ -54,55 +51,35 @@ export interface OutputStages {
   registers: LayerRegisters;
 }
 
-export function pushNorm(
+/** Where a branch of the residual stream writes, and whether it adds. */
+interface Branch {
+  out: Register;
+  add: boolean;
+}
+
+/** Records a branch whose result, times the layer's scale, is added to h. */
+function pushBranch(
   b: ProgramBuilder,
-  w: WeightSource,
-  norm: NormSpec,
-  x: Register,
-  out: Register,
+  spec: LayerSpec,
+  h: Register,
+  rows: Rows,
+  record: (branch: Branch) => void,
 ): void {
-  const weight = w.tensor(norm.weight, [norm.size]);
-  if (norm.kind === 'rms') b.push({ op: 'rmsNorm', x, out, weight, eps: norm.eps });
-  else {
-    const bias = norm.bias ? w.tensor(norm.bias, [norm.size]) : native().zeros('f32', [norm.size]);
-    b.push({ op: 'layerNorm', x, out, weight, bias, eps: norm.eps });
-  }
+  const { residualScale: scale = 1 } = spec;
+  if (scale === 1) return record({ out: h, add: true });
+  const x = b.register('branch', spec.attentionNorm.size, 'f32', rows);
+  record({ out: x, add: false });
+  b.push({ op: 'addScaled', x, out: h, scale });
 }
 
-export function pushLinear(
-  b: ProgramBuilder,
-  w: WeightSource,
-  spec: LinearSpec,
-  x: Register,
-  out: Register,
-  add = false,
-): void {
-  const bias = spec.bias ? w.tensor(spec.bias, [spec.out]) : undefined;
-  b.push({ op: 'linear', x, out, weight: w.matrix(spec), bias, add });
-}
-
-function pushRope(b: ProgramBuilder, rope: RopeSpec, headDim: number, x: Register): void {
-  const table = (f: number[]) => native().fromArray(Float32Array.from(f), 'f32', [f.length]);
-  const { scale, interleaved, long } = rope;
-  b.push({
-    op: 'rope',
-    x,
-    headDim,
-    frequencies: table(rope.frequencies),
-    scale,
-    interleaved,
-    ...(long && { longFrequencies: table(long.frequencies), longScale: long.scale, longFrom: long.from }),
-  });
-}
-
-/** out += down(activation(gate x) * up x) */
+/** down(activation(gate x) * up x) */
 function pushGlu(
   b: ProgramBuilder,
   w: WeightSource,
   spec: GluSpec,
   activation: MoeSpec['activation'],
   x: Register,
-  out: Register,
+  { out, add }: Branch,
   rows: Rows,
 ): void {
   const gate = b.register('glu.gate', spec.gate.out, 'f32', rows);
@@ -110,12 +87,15 @@ function pushGlu(
   pushLinear(b, w, spec.gate, x, gate);
   pushLinear(b, w, spec.up, x, up);
   b.push({ op: 'glu', gate, up, activation });
-  pushLinear(b, w, spec.down, gate, out, true);
+  pushLinear(b, w, spec.down, gate, out, add);
 }
 
-function routerSpec(spec: RouterSpec): RouterSpec {
-  const { scoring, topK, renormalize, scale, jitter } = spec;
-  return { scoring, topK, renormalize, scale, jitter };
+function routerSpec(w: WeightSource, spec: RouterOptions): RouterSpec {
+  const { scoring, topK, renormalize, scale, jitter, groups, correction: c } = spec;
+  const router: RouterSpec = { scoring, topK, renormalize, scale, jitter };
+  if (groups) router.groups = groups;
+  if (c) router.correction = w.tensor(c.tensor, c.shape);
+  return router;
 }
 
 function moeRegisters(b: ProgramBuilder, moe: MoeSpec, rows: Rows): MoeRegisters {
@@ -132,16 +112,18 @@ function pushExperts(
   w: WeightSource,
   moe: MoeSpec,
   r: LayerRegisters & { moe: MoeRegisters },
+  branch: Branch,
 ): void {
   const { logits, weights, indices } = r.moe;
   const { shared } = moe;
-  b.push({ op: 'reselect', logits, weights, indices, router: routerSpec(moe.router) });
+  b.push({ op: 'reselect', logits, weights, indices, router: routerSpec(w, moe.router) });
+  const biases = (key: 'gate' | 'up' | 'down') => moe.experts.map((e) => w.bias(e[key]));
   b.push({
     op: 'experts',
     x: r.x,
     weights,
     indices,
-    out: r.h,
+    out: branch.out,
     gate: moe.experts.map((e) => w.matrix(e.gate)),
     up: moe.experts.map((e) => w.matrix(e.up)),
     down: moe.experts.map((e) => w.matrix(e.down)),
@@ -154,7 +136,10 @@ function pushExperts(
         ...(shared.outputGate && { outputGate: w.matrix(shared.outputGate) }),
       },
     }),
-    add: true,
+    ...(hasBias(moe.experts[0]!.gate) && {
+      biases: { gate: biases('gate'), up: biases('up'), down: biases('down') },
+    }),
+    add: branch.add,
   });
 }
 
@@ -171,24 +156,15 @@ function layerRegisters(b: ProgramBuilder, spec: LayerSpec, rows: Rows): LayerRe
 
 /** Records layer `index` (its place in the key-value cache) and returns its stages. */
 export function pushLayer(b: ProgramBuilder, w: WeightSource, spec: LayerSpec, index: number): LayerStages {
-  const { attention: a } = spec;
   const registers = layerRegisters(b, spec, 'tokens');
   const { h, x, context } = registers;
-  const q = b.register('q', a.q.out);
-  const k = b.register('k', a.k.out);
-  const v = b.register('v', a.v.out);
 
   const attentionNorm = b.stage(() => pushNorm(b, w, spec.attentionNorm, h, x));
+  let attentionInputs: AttentionInput[] = [];
   const attention = b.stage(() => {
-    pushLinear(b, w, a.q, x, q);
-    pushLinear(b, w, a.k, x, k);
-    pushLinear(b, w, a.v, x, v);
-    pushRope(b, a.rope, a.headDim, q);
-    pushRope(b, a.rope, a.headDim, k);
-    const { heads, kvHeads, headDim, scale, window } = a;
-    b.push({ op: 'attention', q, k, v, out: context, layer: index, heads, kvHeads, headDim, scale, window });
+    attentionInputs = pushAttention(b, w, spec.attention, index, x, context);
   });
-  return { attentionNorm, attention, ...pushOutput(b, w, spec, registers, 'tokens') };
+  return { attentionNorm, attention, attentionInputs, ...pushOutput(b, w, spec, registers, 'tokens') };
 }
 
 /**
@@ -213,16 +189,20 @@ function pushOutput(
 ): OutputStages {
   const { attention: a, feedForward: f } = spec;
   const { h, x, context, moe } = registers;
-  const attentionOutput = b.stage(() => pushLinear(b, w, a.o, context, h, true));
+  const attentionOutput = b.stage(() =>
+    pushBranch(b, spec, h, rows, ({ out, add }) => pushLinear(b, w, a.o, context, out, add)),
+  );
   const feedForwardNorm = b.stage(() => pushNorm(b, w, spec.feedForwardNorm, h, x));
   const route = b.stage(() => {
     if (f.kind !== 'moe') return;
     pushLinear(b, w, f.router, x, moe!.logits);
-    b.push({ op: 'route', ...moe!, router: routerSpec(f.router) });
+    b.push({ op: 'route', ...moe!, router: routerSpec(w, f.router) });
   });
-  const feedForward = b.stage(() => {
-    if (f.kind === 'moe') pushExperts(b, w, f, { ...registers, moe: moe! });
-    else pushGlu(b, w, f, f.activation, x, h, rows);
-  });
+  const feedForward = b.stage(() =>
+    pushBranch(b, spec, h, rows, (branch) => {
+      if (f.kind === 'moe') pushExperts(b, w, f, { ...registers, moe: moe! }, branch);
+      else pushGlu(b, w, f, f.activation, x, branch, rows);
+    }),
+  );
   return { attentionOutput, feedForwardNorm, route, feedForward, registers };
 }

@@ -29,6 +29,11 @@ export class ProgramBuilder {
     return register;
   }
 
+  /** Operations so far. */
+  get length(): number {
+    return this.#ops.length;
+  }
+
   push(op: Op): void {
     this.#ops.push(op);
   }

@@ -1,5 +1,6 @@
 /** The weights of a checkpoint as the decoder asks for them: mapped tensors, and quantized matrices repacked once. */
 import type { Matrix, Tensor } from '../../types/native';
+import { attentionLinears } from '../architecture/tensors';
 import type { LayerSpec, LinearSpec } from '../architecture/types';
 import {
   moduleOf,
@@ -9,7 +10,7 @@ import {
   type TensorReader,
 } from '../checkpoint/quantized';
 import { abortError, native } from '../native';
-import type { WeightSource } from './layer';
+import type { WeightSource } from './linear';
 
 export class CheckpointWeights implements WeightSource {
   readonly #reader: TensorReader;
@@ -24,6 +25,10 @@ export class CheckpointWeights implements WeightSource {
   /** A matrix that `prepare` has read, or a tensor of the file. */
   matrix(spec: LinearSpec): Matrix {
     return this.#matrices.get(spec.weight) ?? this.#reader.tensor(spec.weight, [spec.out, spec.in]);
+  }
+
+  bias({ bias, out }: LinearSpec): Tensor {
+    return this.#reader.tensor(bias!, [out]);
   }
 
   tensor(name: string, shape: number[]): Tensor {
@@ -62,5 +67,5 @@ export class CheckpointWeights implements WeightSource {
 /** The matrices of a layer that may be quantized. */
 export function layerMatrices({ attention: a, feedForward: f }: LayerSpec): LinearSpec[] {
   const glus = f.kind === 'dense' ? [f] : [...f.experts, ...(f.shared ? [f.shared] : [])];
-  return [a.q, a.k, a.v, a.o, ...glus.flatMap(({ gate, up, down }) => [gate, up, down])];
+  return [...attentionLinears(a), ...glus.flatMap(({ gate, up, down }) => [gate, up, down])];
 }

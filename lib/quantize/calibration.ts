@@ -1,5 +1,6 @@
 /** Calibration sequences: from texts, from token ids, or sampled from the model itself. */
 import { EacMoeError } from '../errors';
+import { cacheWidths } from '../model/attention';
 import type { MoeModel } from '../model/model';
 import { seededRandom } from '../model/random';
 import { withSignal } from '../native';
@@ -95,7 +96,12 @@ async function sampleSelf(model: MoeModel, request: CalibrationRequest): Promise
   const { vocabSize, layers } = model.architecture;
   const random = seededRandom(seed);
   const start = startToken(model);
-  const bytes = seqLen * layers.reduce((sum, { attention: a }) => sum + 8 * a.kvHeads * a.headDim, 0);
+  const bytes =
+    seqLen *
+    layers.reduce((sum, { attention }) => {
+      const { keyWidth, valueWidth } = cacheWidths(attention);
+      return sum + 4 * (keyWidth + valueWidth);
+    }, 0);
   const batchSize = Math.max(1, Math.min(samples, 64, Math.floor(SAMPLING_BYTES / bytes)));
   const result: Int32Array[] = [];
   while (result.length < samples) {

@@ -1,5 +1,5 @@
 /**
- * QESC on one decoder layer (EAC-MoE section 4), in order: q, k, v; o behind the quantized q, k, v; the router behind the
+ * QESC on one decoder layer (EAC-MoE section 4), in order: q, k, v; o behind these; the router behind the
  * quantized attention; the experts with the tokens that the calibrated router sends them, gate and up first, down behind these.
  *
  * Two streams of hidden states pass through: one through the full-precision layer, one through the layer as quantized so far.
@@ -7,7 +7,8 @@
 import type { Control, Matrix, Tensor } from '../../types/native';
 import type { DenseSpec, GluSpec, LayerSpec, LinearSpec, MoeSpec } from '../architecture/types';
 import { native } from '../native';
-import type { WeightSource } from '../model/layer';
+import type { AttentionInput } from '../model/attention';
+import type { WeightSource } from '../model/linear';
 import { layerMatrices } from '../model/weights';
 import { GluHidden, LayerRunner, Overlay, type Batch, type Bindings } from './runner';
 import { InputStatistics, roundToNearest, sourceTensor, type Quantized, type Solver } from './matrix';
@@ -126,37 +127,41 @@ class LayerQuantizer {
     return Object.fromEntries(Object.entries(values).map(([kind, all]) => [kind, mean(all)]));
   }
 
-  /** q, k and v share their input. */
+  /** The linear layers before the attention, those that share an input together, each behind the quantized ones before it. */
   async #attentionInputs(): Promise<void> {
-    const { spec, recipe, control } = this.#job;
-    const { attention } = spec;
-    const linears = [attention.q, attention.k, attention.v];
-    const statistics = this.#statistics(linears);
-    const quantized = this.#runner();
-    for (const batch of statistics ? this.#streams.batches : []) {
-      const a = await quantized.run(
-        batch,
-        this.#hidden(quantized),
-        quantized.stages.attentionNorm,
-        quantized.stages.attentionNorm,
-        control,
-      );
-      const b = recipe.twoStreamTargets
-        ? await this.#full.run(
-            batch,
-            this.#hidden(this.#full),
-            this.#full.stages.attentionNorm,
-            this.#full.stages.attentionNorm,
-            control,
-          )
-        : undefined;
-      await statistics!.add(a.tensor(quantized.stages.registers.x), b?.tensor(this.#full.stages.registers.x));
+    for (const [i, input] of this.#full.stages.attentionInputs.entries()) {
+      const { linears } = input;
+      const statistics = this.#statistics(linears);
+      if (statistics) {
+        const quantized = this.#runner();
+        await this.#collect(statistics, quantized, quantized.stages.attentionInputs[i]!, input);
+        quantized.dispose();
+      }
+      await this.#quantizeTogether(linears, 'attention', statistics);
     }
-    quantized.dispose();
-    await this.#quantizeTogether(linears, 'attention', statistics);
   }
 
-  /** o behind the quantized q, k, v. Afterwards both streams stand in the middle of the layer, and the feed-forward's inputs are stored. */
+  /** What both streams bring to a place before the attention. */
+  async #collect(
+    statistics: InputStatistics,
+    quantized: LayerRunner,
+    ours: AttentionInput,
+    theirs: AttentionInput,
+  ): Promise<void> {
+    const { recipe, control } = this.#job;
+    for (const batch of this.#streams.batches) {
+      const at = async (runner: LayerRunner, place: AttentionInput) => {
+        const { from } = runner.stages.attentionNorm;
+        const range = { from, to: place.at };
+        const frame = await runner.run(batch, this.#hidden(runner), range, range, control);
+        return frame.tensor(place.register);
+      };
+      const x = await at(quantized, ours);
+      await statistics.add(x, recipe.twoStreamTargets ? await at(this.#full, theirs) : undefined);
+    }
+  }
+
+  /** The output projection behind the quantized ones. Afterwards both streams stand in the middle of the layer, and the feed-forward's inputs are stored. */
   async #attentionOutput(): Promise<void> {
     const { spec, control } = this.#job;
     const { o } = spec.attention;

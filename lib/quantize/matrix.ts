@@ -9,7 +9,7 @@ import type { LinearSpec } from '../architecture/types';
 import type { ModuleQuantization } from '../checkpoint/quantized';
 import { EacMoeError } from '../errors';
 import { native } from '../native';
-import type { WeightSource } from '../model/layer';
+import type { WeightSource } from '../model/linear';
 import type { Recipe } from './recipe';
 
 /** Statistics of one input, of width n. */

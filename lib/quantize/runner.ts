@@ -1,7 +1,8 @@
 /** Runs the stages of one decoder layer over stored hidden states. */
 import type { Control, Frame, Matrix, Program, Register, Tensor } from '../../types/native';
 import type { GluSpec, LayerSpec, LinearSpec, MoeSpec } from '../architecture/types';
-import { pushLayer, pushLinear, type LayerStages, type WeightSource } from '../model/layer';
+import { pushLayer, type LayerStages } from '../model/layer';
+import { pushLinear, type WeightSource } from '../model/linear';
 import { ProgramBuilder, type Range } from '../model/program';
 import { native } from '../native';
 
@@ -16,6 +17,10 @@ export class Overlay implements WeightSource {
 
   matrix(spec: LinearSpec): Matrix {
     return this.matrices.get(spec.weight) ?? this.#base.matrix(spec);
+  }
+
+  bias(spec: LinearSpec): Tensor {
+    return this.#base.bias(spec);
   }
 
   tensor(name: string, shape: number[]): Tensor {

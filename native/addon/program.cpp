@@ -31,20 +31,39 @@ struct Reader {
     for (uint32_t i = 0; i < a.Length(); i++) m.push_back(matrix_from(a.Get(i), key));
     return m;
   }
+  std::vector<Tensor> tensors(const char* key) const {
+    if (!o.Get(key).IsArray()) throw_invalid(std::string("expected an array of tensors for ") + key);
+    Napi::Array a = o.Get(key).As<Napi::Array>();
+    std::vector<Tensor> t;
+    for (uint32_t i = 0; i < a.Length(); i++) t.push_back(*float_matrix_from(a.Get(i), key));
+    return t;
+  }
   Activation activation() const {
     const std::string name = text("activation");
     if (name == "silu") return Activation::silu;
     if (name == "gelu") return Activation::gelu;
     if (name == "gelu-tanh") return Activation::gelu_tanh;
     if (name == "relu") return Activation::relu;
+    if (name == "clamped-swiglu") return Activation::clamped_swiglu;
     throw_invalid("unknown activation " + name);
   }
   RouterSpec router(int64_t experts) const {
     const Napi::Object r = o.Get("router").As<Napi::Object>();
     RouterSpec s;
     const std::string scoring = r.Get("scoring").ToString();
-    if (scoring != "softmax" && scoring != "sparse-mixer") throw_invalid("unknown router scoring " + scoring);
-    s.scoring = scoring == "softmax" ? Scoring::softmax : Scoring::sparse_mixer;
+    if (scoring == "sigmoid")
+      s.scoring = Scoring::sigmoid;
+    else if (scoring == "sparse-mixer")
+      s.scoring = Scoring::sparse_mixer;
+    else if (scoring != "softmax")
+      throw_invalid("unknown router scoring " + scoring);
+    if (const Reader o{r}; o.has("correction")) s.correction = o.floats("correction");
+    if (Reader{r}.has("groups")) {
+      const Napi::Object g = r.Get("groups").As<Napi::Object>();
+      s.groups = int64_t(number_from(g, "count"));
+      s.top_groups = int64_t(number_from(g, "top"));
+      s.group_best = int64_t(number_from(g, "best"));
+    }
     s.experts = experts;
     s.top_k = int64_t(number_from(r, "topK"));
     s.renormalize = bool_from(r, "renormalize");
@@ -79,6 +98,7 @@ op::Op op_from(const Napi::Object& object, const std::vector<RegisterSpec>& regi
   if (name == "rope") {
     Rope rope;
     rope.head_dim = r.integer("headDim");
+    if (r.has("offset")) rope.offset = r.integer("offset");
     rope.frequencies = r.floats("frequencies");
     rope.scale = r.real("scale");
     rope.interleaved = bool_from(object, "interleaved");
@@ -95,6 +115,8 @@ op::Op op_from(const Napi::Object& object, const std::vector<RegisterSpec>& regi
     a.heads = r.integer("heads");
     a.kv_heads = r.integer("kvHeads");
     a.head_dim = r.integer("headDim");
+    if (r.has("valueDim")) a.value_dim = r.integer("valueDim");
+    if (r.has("sinks")) a.sinks = r.floats("sinks");
     a.window = r.integer("window");
     a.scale = r.real("scale");
     return op::Attention{r.reg("q"), r.reg("k"), r.reg("v"), r.reg("out"), a};
@@ -105,11 +127,25 @@ op::Op op_from(const Napi::Object& object, const std::vector<RegisterSpec>& regi
   if (name == "experts") {
     std::optional<SharedExpert> shared;
     if (r.has("shared")) shared = shared_expert_from(object.Get("shared").As<Napi::Object>());
-    Experts e(r.matrices("gate"), r.matrices("up"), r.matrices("down"), r.activation(), std::move(shared));
+    std::optional<ExpertBiases> biases;
+    if (r.has("biases")) {
+      const Napi::Object b = object.Get("biases").As<Napi::Object>();
+      biases = ExpertBiases{Reader{b}.tensors("gate"), Reader{b}.tensors("up"), Reader{b}.tensors("down")};
+    }
+    Experts e(r.matrices("gate"), r.matrices("up"), r.matrices("down"), r.activation(), std::move(shared), std::move(biases));
     return op::Experts{r.reg("x"), r.reg("weights"), r.reg("indices"), r.reg("out"), std::move(e), bool_from(object, "add")};
   }
   if (name == "glu") return op::Glu{r.reg("gate"), r.reg("up"), r.activation()};
   if (name == "copy") return op::Copy{r.reg("x"), r.reg("out")};
+  if (name == "scale") return op::Scale{r.reg("x"), r.real("scale")};
+  if (name == "addScaled") return op::AddScaled{r.reg("x"), r.reg("out"), r.real("scale")};
+  if (name == "columns")
+    return op::Columns{r.reg("x"), r.reg("out"), r.integer("heads"), r.integer("from"), r.integer("to"), r.integer("count")};
+  if (name == "headLinear")
+    return op::HeadLinear{
+        r.reg("x"), r.reg("out"),
+        std::make_shared<const HeadWeights>(matrix_from(object.Get("weight"), "weight"), r.integer("heads"), r.integer("begin"),
+                                            r.integer("count"), bool_from(object, "transposed"))};
   if (name == "lastRows") return op::LastRows{r.reg("x"), r.reg("out")};
   if (name == "sample") return op::Sample{r.reg("logits"), r.reg("out")};
   throw_invalid("unknown operation " + name);

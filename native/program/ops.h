@@ -1,10 +1,12 @@
 // The operations that a program is made of: registers by number, weights by value (tensors share their memory).
 // The meaning of each is documented in types/native.d.ts, which mirrors this file, and with its kernel.
 #pragma once
+#include <memory>
 #include <optional>
 #include <variant>
 #include <vector>
 
+#include "kernels/matmul/head_linear.h"
 #include "kernels/matmul/matrix.h"
 #include "kernels/moe/experts.h"
 #include "kernels/nn/attention.h"
@@ -63,6 +65,25 @@ struct Glu {
 struct Copy {
   Register x, out;
 };
+// x *= scale
+struct Scale {
+  Register x;
+  float scale;
+};
+// out += scale * x
+struct AddScaled {
+  Register x, out;
+  float scale;
+};
+// Some columns of each head: out[h][to + i] = x[h][from + i]
+struct Columns {
+  Register x, out;
+  int64_t heads, from, to, count;
+};
+struct HeadLinear {
+  Register x, out;
+  std::shared_ptr<const HeadWeights> weights;
+};
 struct LastRows {
   Register x, out;
 };
@@ -70,7 +91,7 @@ struct Sample {
   Register logits, out;
 };
 
-using Op =
-    std::variant<Embed, RmsNorm, LayerNorm, Linear, Rope, Attention, Route, Reselect, Experts, Glu, Copy, LastRows, Sample>;
+using Op = std::variant<Embed, RmsNorm, LayerNorm, Linear, Rope, Attention, Route, Reselect, Experts, Glu, Copy, Scale, AddScaled,
+                        Columns, HeadLinear, LastRows, Sample>;
 
 }  // namespace eac::op

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "core/thread_pool.h"
+#include "kernels/cpu/isa.h"
 #include "kernels/matmul/gemm.h"
 #include "kernels/nn/activation.h"
 #include "kernels/nn/norm.h"
@@ -35,6 +36,12 @@ struct Checker {
     equal(width(weights), r.top_k, "routing weights");
     equal(width(indices, DType::i32), r.top_k, "chosen experts");
     if (r.top_k < 1 || r.top_k > r.experts) fail("top-k must be between 1 and the number of experts");
+    if (!r.correction.empty()) equal(int64_t(r.correction.size()), r.experts, "correction of the router's scores");
+    if (r.groups < 1 || r.experts % r.groups != 0 || r.top_groups < 1 || r.top_groups > r.groups)
+      fail("groups must divide the experts, and their top-k be between 1 and their number");
+    if (r.group_best != 1 && r.group_best != 2) fail("a group is judged by its best expert or its best two");
+    if (r.scoring == Scoring::sparse_mixer && (r.groups > 1 || !r.correction.empty()))
+      fail("the sparse mixer knows no groups and no correction");
   }
 
   void operator()(const op::Embed& o) const { equal(o.table.cols(), width(o.out), "embedding width"); }
@@ -53,7 +60,8 @@ struct Checker {
   }
   void operator()(const op::Rope& o) const {
     if (o.rope.head_dim < 1 || width(o.x) % o.rope.head_dim != 0) fail("head width does not divide the register");
-    if (2 * int64_t(o.rope.frequencies.size()) > o.rope.head_dim) fail("more rotary frequencies than channels");
+    if (o.rope.offset < 0 || o.rope.offset + 2 * int64_t(o.rope.frequencies.size()) > o.rope.head_dim)
+      fail("more rotary frequencies than channels");
     if (o.rope.long_from > 0)
       equal(int64_t(o.rope.long_frequencies.size()), int64_t(o.rope.frequencies.size()), "long frequencies");
   }
@@ -61,9 +69,10 @@ struct Checker {
     const auto& a = o.attention;
     if (a.heads < 1 || a.kv_heads < 1 || a.heads % a.kv_heads != 0) fail("heads must be a multiple of kv heads");
     equal(width(o.q), a.heads * a.head_dim, "queries");
-    equal(width(o.out), a.heads * a.head_dim, "attention output");
+    equal(width(o.out), a.heads * a.value_channels(), "attention output");
     equal(width(o.k), a.kv_heads * a.head_dim, "keys");
-    equal(width(o.v), a.kv_heads * a.head_dim, "values");
+    equal(width(o.v), a.kv_heads * a.value_channels(), "values");
+    if (!a.sinks.empty()) equal(int64_t(a.sinks.size()), a.heads, "attention sinks");
   }
   void operator()(const op::Route& o) const {
     routing(o.router, o.logits, o.weights, o.indices);
@@ -83,6 +92,16 @@ struct Checker {
       matrix(e.up[i], width(o.x), hidden);
       matrix(e.down[i], hidden, width(o.out));
     }
+    if (e.biases) {
+      equal(int64_t(e.biases->gate.size()), int64_t(e.gate.size()), "biases of gate");
+      equal(int64_t(e.biases->up.size()), int64_t(e.gate.size()), "biases of up");
+      equal(int64_t(e.biases->down.size()), int64_t(e.gate.size()), "biases of down");
+      for (size_t i = 0; i < e.gate.size(); i++) {
+        equal(e.biases->gate[i].size(), hidden, "bias of gate");
+        equal(e.biases->up[i].size(), hidden, "bias of up");
+        equal(e.biases->down[i].size(), width(o.out), "bias of down");
+      }
+    }
     if (!e.shared) return;
     const int64_t shared = out_features(e.shared->gate);
     matrix(e.shared->gate, width(o.x), shared);
@@ -92,6 +111,19 @@ struct Checker {
   }
   void operator()(const op::Glu& o) const { equal(width(o.gate), width(o.up), "gate and up"); }
   void operator()(const op::Copy& o) const { equal(width(o.x), width(o.out), "copy"); }
+  void operator()(const op::Scale& o) const { width(o.x); }
+  void operator()(const op::AddScaled& o) const { equal(width(o.x), width(o.out), "sum"); }
+  void operator()(const op::Columns& o) const {
+    if (o.heads < 1 || o.count < 1 || o.from < 0 || o.to < 0) fail("columns need heads and a range");
+    if (width(o.x) % o.heads != 0 || o.from + o.count > width(o.x) / o.heads) fail("columns beyond the register that is read");
+    if (width(o.out) % o.heads != 0 || o.to + o.count > width(o.out) / o.heads)
+      fail("columns beyond the register that is written");
+  }
+  void operator()(const op::HeadLinear& o) const {
+    const int64_t heads = o.weights->heads();
+    if (width(o.x) % heads != 0 || width(o.x) / heads < o.weights->in()) fail("input of a head is too narrow");
+    if (width(o.out) % heads != 0 || width(o.out) / heads < o.weights->out()) fail("output of a head is too narrow");
+  }
   void operator()(const op::LastRows& o) const {
     equal(width(o.x), width(o.out), "last rows");
     if (!p.registers[size_t(o.out)].per_sequence) fail("last rows need one row a sequence");
@@ -118,6 +150,12 @@ struct Executor {
   int32_t* ints(op::Register r) const { return f.memory_[size_t(r)].i32(); }
   int64_t width(op::Register r) const { return f.program_->registers[size_t(r)].width; }
   int64_t rows(op::Register r) const { return f.rows_of(r); }
+  template <class F> void for_rows(op::Register r, F body) const {
+    const int64_t n = rows(r), step = 16;
+    parallel_for((n + step - 1) / step, [&](int64_t task) {
+      for (int64_t i = task * step; i < std::min(n, (task + 1) * step); i++) body(i);
+    });
+  }
   // The sequences as the rows of a register hold them: with one row each, or one for every token.
   const std::vector<Sequence>& sequences_of(op::Register r) const {
     return f.program_->registers[size_t(r)].per_sequence ? f.last_rows_ : f.sequences_;
@@ -145,11 +183,10 @@ struct Executor {
   }
   void operator()(const op::Rope& o) const { rope(data(o.x), width(o.x), f.sequences_, o.rope); }
   void operator()(const op::Attention& o) const {
-    const int64_t kv_width = o.attention.kv_heads * o.attention.head_dim;
+    const auto& a = o.attention;
     for (const Sequence& s : f.sequences_)
-      if (s.cache &&
-          (size_t(o.attention.layer) >= s.cache->layers() || s.cache->widths(size_t(o.attention.layer)).key != kv_width ||
-           s.cache->widths(size_t(o.attention.layer)).value != kv_width))
+      if (s.cache && (size_t(a.layer) >= s.cache->layers() || s.cache->widths(size_t(a.layer)).key != a.kv_heads * a.head_dim ||
+                      s.cache->widths(size_t(a.layer)).value != a.kv_heads * a.value_channels()))
         throw Error("INVALID_ARGUMENT", "the key-value cache was made for another model");
     attention(data(o.q), data(o.k), data(o.v), f.sequences_, o.attention, data(o.out));
   }
@@ -176,6 +213,25 @@ struct Executor {
   }
   void operator()(const op::Copy& o) const {
     std::memcpy(data(o.out), data(o.x), size_t(rows(o.x) * width(o.x)) * sizeof(float));
+  }
+  void operator()(const op::Scale& o) const {
+    for_rows(o.x, [&](int64_t i) { isa().scale_f32(o.scale, data(o.x) + i * width(o.x), width(o.x)); });
+  }
+  void operator()(const op::AddScaled& o) const {
+    for_rows(o.x,
+             [&](int64_t i) { isa().axpy_f32(o.scale, data(o.x) + i * width(o.x), data(o.out) + i * width(o.out), width(o.x)); });
+  }
+  void operator()(const op::Columns& o) const {
+    const int64_t from = width(o.x) / o.heads, to = width(o.out) / o.heads;
+    for_rows(o.x, [&](int64_t i) {
+      for (int64_t h = 0; h < o.heads; h++)
+        std::memcpy(data(o.out) + (i * o.heads + h) * to + o.to, data(o.x) + (i * o.heads + h) * from + o.from,
+                    size_t(o.count) * sizeof(float));
+    });
+  }
+  void operator()(const op::HeadLinear& o) const {
+    const int64_t heads = o.weights->heads();
+    head_linear(data(o.x), width(o.x) / heads, rows(o.x), *o.weights, data(o.out), width(o.out) / heads);
   }
   void operator()(const op::LastRows& o) const {
     const size_t bytes = size_t(width(o.x)) * sizeof(float);

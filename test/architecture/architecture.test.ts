@@ -4,6 +4,7 @@ import {
   describe as describeModel,
   SUPPORTED_MODEL_TYPES,
   type Architecture,
+  type GroupedAttentionSpec,
   type MoeSpec,
 } from '../../lib/architecture';
 import { checkTensors, requiredTensors, type TensorSource } from '../../lib/architecture/tensors';
@@ -19,6 +20,12 @@ const moe = (architecture: Architecture, layer: number): MoeSpec => {
   const { feedForward } = architecture.layers[layer]!;
   if (feedForward.kind !== 'moe') throw new Error(`layer ${layer} is dense`);
   return feedForward;
+};
+
+const grouped = (architecture: Architecture, layer: number): GroupedAttentionSpec => {
+  const { attention } = architecture.layers[layer]!;
+  if (attention.kind !== 'grouped') throw new Error(`layer ${layer} has latent attention`);
+  return attention;
 };
 
 describe('the families', () => {
@@ -135,7 +142,7 @@ describe('the families', () => {
   test('qwen2_moe', () => {
     const raw = fixture('qwen1.5-moe-a2.7b');
     const a = model(raw);
-    const { q, o, window } = a.layers[0]!.attention;
+    const { q, o, window } = grouped(a, 0);
     expect([q.bias, o.bias, window]).toEqual(['model.layers.0.self_attn.q_proj.bias', undefined, 0]);
     expect(moe(a, 0).shared!.outputGate).toEqual({
       weight: 'model.layers.0.mlp.shared_expert_gate.weight',
@@ -158,14 +165,14 @@ describe('the families', () => {
       'moe',
     ]);
     expect(mixed.head.weight).toBe('model.embed_tokens.weight');
-    expect(mixed.layers[0]!.attention.q.bias).toBeUndefined();
+    expect(grouped(mixed, 0).q.bias).toBeUndefined();
     const sliding = model({ ...raw, use_sliding_window: true, sliding_window: 64, max_window_layers: 3 });
-    expect(sliding.layers.map((l) => l.attention.window).slice(0, 5)).toEqual([64, 0, 64, 0, 0]);
+    expect([0, 1, 2, 3, 4].map((i) => grouped(sliding, i).window)).toEqual([64, 0, 64, 0, 0]);
     const layer_types = Array.from({ length: 24 }, (_, i) =>
       i === 1 ? 'sliding_attention' : 'full_attention',
     );
     const listed = model({ ...raw, use_sliding_window: true, sliding_window: 64, layer_types });
-    expect(listed.layers.map((l) => l.attention.window).slice(0, 3)).toEqual([0, 64, 0]);
+    expect([0, 1, 2].map((i) => grouped(listed, i).window)).toEqual([0, 64, 0]);
   });
 
   test('what is no such model, or contradicts itself', () => {
@@ -502,10 +509,12 @@ describeWith('goldens', 'the reference checkpoints', () => {
   }
 
   test('the newer spelling of a config describes the same model', () => {
-    for (const family of SUPPORTED_MODEL_TYPES) {
-      const { rope_theta, rope_scaling, torch_dtype, ...rest } = readJson(
-        join(shared, 'goldens', family, 'config.json'),
-      );
+    const configs = SUPPORTED_MODEL_TYPES.map((family) =>
+      readJson(join(shared, 'goldens', family, 'config.json')),
+    );
+    const older = configs.filter((config) => !('rope_parameters' in config));
+    expect(older.length).toBeGreaterThan(4);
+    for (const { rope_theta, rope_scaling, torch_dtype, ...rest } of older) {
       const { type, ...scaling } = (rope_scaling ?? { type: 'default' }) as { type: string };
       const newer = {
         ...rest,

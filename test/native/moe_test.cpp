@@ -60,6 +60,50 @@ void softmax_selection() {
     }
 }
 
+// DeepSeek-V2, V3: the definitions, in plain loops over sorted lists.
+void grouped_selection() {
+  const int64_t experts = 16, k = 4;
+  for (const Scoring scoring : {Scoring::softmax, Scoring::sigmoid})
+    for (const bool corrected : {false, true})
+      for (const auto& [groups, top, best] : {std::tuple<int64_t, int64_t, int64_t>{1, 1, 1}, {4, 2, 1}, {4, 2, 2}, {8, 3, 2}}) {
+        RouterSpec r{scoring, experts, k, true, 2.5f, 0};
+        r.groups = groups, r.top_groups = top, r.group_best = best;
+        const Tensor c = random_matrix(1, experts, 9, 0.3f), logits = random_matrix(67, experts, 7, 2);
+        if (corrected) r.correction.assign(c.f32(), c.f32() + experts);
+        const Selection s = select(logits, r);
+        for (int64_t t = 0; t < 67; t++) {
+          std::vector<double> scores, choice;
+          double all = 0;
+          for (int64_t e = 0; e < experts; e++) all += std::exp(double(logits.f32()[t * experts + e]));
+          for (int64_t e = 0; e < experts; e++) {
+            const double z = double(logits.f32()[t * experts + e]);
+            scores.push_back(scoring == Scoring::softmax ? std::exp(z) / all : 1 / (1 + std::exp(-z)));
+            choice.push_back(scores.back() + (corrected ? double(c.f32()[e]) : 0.0));
+          }
+          std::vector<std::pair<double, int64_t>> worth;
+          const int64_t size = experts / groups;
+          for (int64_t g = 0; g < groups; g++) {
+            std::vector<double> of(choice.begin() + g * size, choice.begin() + (g + 1) * size);
+            std::sort(of.rbegin(), of.rend());
+            worth.push_back({best == 2 ? of[0] + of[1] : of[0], g});
+          }
+          std::sort(worth.rbegin(), worth.rend());
+          std::vector<std::pair<double, int32_t>> open;
+          for (int64_t i = 0; i < top; i++)
+            for (int64_t e = worth[size_t(i)].second * size; e < (worth[size_t(i)].second + 1) * size; e++)
+              open.push_back({choice[size_t(e)], int32_t(e)});
+          std::sort(open.rbegin(), open.rend());
+          double sum = 0;
+          for (int64_t i = 0; i < k; i++) sum += scores[size_t(open[size_t(i)].second)];
+          for (int64_t i = 0; i < k; i++) {
+            check(s.indices[size_t(t * k + i)] == open[size_t(i)].second, "expert of the best groups");
+            check(std::fabs(s.weights[size_t(t * k + i)] - 2.5 * scores[size_t(open[size_t(i)].second)] / sum) < 1e-5,
+                  "its weight is the bare score");
+          }
+        }
+      }
+}
+
 void ties_go_to_the_smaller_index() {
   const Tensor logits = Tensor::zeros(DType::f32, {1, 6});
   const Selection s = select(logits, {Scoring::softmax, 6, 3, false, 1, 0});
@@ -117,7 +161,8 @@ void counting_and_masks() {
   }
 }
 
-Experts random_experts(int64_t count, int64_t d, int64_t f, int bits, Activation activation, int64_t shared_width = 0) {
+Experts random_experts(int64_t count, int64_t d, int64_t f, int bits, Activation activation, int64_t shared_width = 0,
+                       bool biased = false) {
   const auto make = [&](int64_t rows, int64_t cols, unsigned seed) -> Matrix {
     Tensor w = random_matrix(rows, cols, seed, 0.1f);
     if (bits == 0) return w;
@@ -133,7 +178,16 @@ Experts random_experts(int64_t count, int64_t d, int64_t f, int bits, Activation
   if (shared_width > 0)
     shared = SharedExpert{make(shared_width, d, 1001), make(shared_width, d, 1002), make(d, shared_width, 1003),
                           random_matrix(1, d, 1004, 0.1f)};
-  return Experts(std::move(gate), std::move(up), std::move(down), activation, std::move(shared));
+  std::optional<ExpertBiases> biases;
+  if (biased) {
+    biases.emplace();
+    for (int64_t i = 0; i < count; i++) {
+      biases->gate.push_back(random_matrix(1, f, unsigned(2000 + i)));
+      biases->up.push_back(random_matrix(1, f, unsigned(3000 + i)));
+      biases->down.push_back(random_matrix(1, d, unsigned(4000 + i)));
+    }
+  }
+  return Experts(std::move(gate), std::move(up), std::move(down), activation, std::move(shared), std::move(biases));
 }
 
 // One hot expert and many cold ones, an expert that nobody chose, slots that were pruned.
@@ -143,9 +197,9 @@ std::vector<int32_t> uneven_choice(int64_t n, int64_t k) {
   return indices;
 }
 
-void dispatch_case(int bits, Activation activation, int64_t shared, const std::vector<int64_t>& batches) {
+void dispatch_case(int bits, Activation activation, int64_t shared, const std::vector<int64_t>& batches, bool biased = false) {
   const int64_t d = 96, f = 160, k = 3, experts = 7;
-  const Experts e = random_experts(experts, d, f, bits, activation, shared);
+  const Experts e = random_experts(experts, d, f, bits, activation, shared, biased);
   for (const Activations inputs : {Activations::f32, Activations::int8})
     for (const int64_t n : batches) {
       if (bits == 0 && inputs == Activations::int8) continue;
@@ -170,6 +224,7 @@ void dispatch_matches_reference() {
     for (const int64_t shared : {0, 224}) dispatch_case(bits, Activation::silu, shared, batches);
   for (const Activation activation : {Activation::gelu, Activation::gelu_tanh, Activation::relu})
     dispatch_case(3, activation, 0, {3});
+  for (const int bits : {0, 4}) dispatch_case(bits, Activation::clamped_swiglu, 0, {1, 3, 33}, true);
 }
 
 // Alone or among others, on one thread or five: the same bits.
@@ -239,6 +294,7 @@ void unknown_experts_are_refused() {
 
 int main() {
   run("softmax top-k matches a sort", softmax_selection);
+  run("groups, corrections and sigmoid scores match sorted lists", grouped_selection);
   run("ties go to the smaller index", ties_go_to_the_smaller_index);
   run("the sparse mixer matches a worked example", sparse_mixer_selection);
   run("counts and masks, per sequence", counting_and_masks);

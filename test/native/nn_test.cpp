@@ -49,7 +49,8 @@ void rotary() {
   const int64_t head = 8, width = 16;
   for (const bool interleaved : {false, true})
     for (const int64_t position : {0, 5, 30}) {  // 30 + 4 tokens lie beyond long_from
-      Rope r{head, {1.0f, 0.5f, 0.1f}, {0.7f, 0.2f, 0.01f}, 1.0f, 1.25f, interleaved, 32};
+      const int64_t offset = position == 5 ? 2 : 0;
+      Rope r{head, {1.0f, 0.5f, 0.1f}, {0.7f, 0.2f, 0.01f}, 1.0f, 1.25f, interleaved, 32, offset};
       Tensor x = random_matrix(4, width, 9);
       const std::vector<float> before = values(x);
       rope(x.f32(), width, one(4, position), r);
@@ -60,7 +61,7 @@ void rotary() {
           for (int64_t i = 0; i < 3; i++) {
             const double angle = double(position + t) * double((use_long ? r.long_frequencies : r.frequencies)[size_t(i)]),
                          s = use_long ? 1.25 : 1;
-            const size_t at = size_t(t * width + h * head), a = at + size_t(interleaved ? 2 * i : i),
+            const size_t at = size_t(t * width + h * head + offset), a = at + size_t(interleaved ? 2 * i : i),
                          b = at + size_t(interleaved ? 2 * i + 1 : i + 3);
             want[a] = s * (before[a] * std::cos(angle) - before[b] * std::sin(angle));
             want[b] = s * (before[a] * std::sin(angle) + before[b] * std::cos(angle));
@@ -88,9 +89,10 @@ std::vector<double> attention_oracle(const Qkv& x, const Attention& a, int64_t n
         p.push_back(std::exp(dot * double(a.scale)));
         sum += p.back();
       }
-      for (int64_t i = 0; i < d; i++) {
+      for (int64_t i = 0; i < a.value_channels(); i++) {
         double o = 0;
-        for (int64_t s = from; s <= t; s++) o += p[size_t(s - from)] / sum * x.v.f32()[(s * a.kv_heads + h / group) * d + i];
+        for (int64_t s = from; s <= t; s++)
+          o += p[size_t(s - from)] / sum * x.v.f32()[(s * a.kv_heads + h / group) * a.value_channels() + i];
         out.push_back(o);
       }
     }
@@ -99,14 +101,15 @@ std::vector<double> attention_oracle(const Qkv& x, const Attention& a, int64_t n
 
 // Feeds x to a cache in pieces of so many tokens.
 std::vector<float> in_pieces(const Qkv& x, const Attention& a, int64_t n, int64_t piece) {
-  const int64_t width = a.heads * a.head_dim, kv_width = a.kv_heads * a.head_dim;
-  auto cache = std::make_shared<KvCache>(std::vector<KvCache::Widths>{{kv_width, kv_width}});
-  std::vector<float> out(size_t(n * width));
+  const int64_t width = a.heads * a.head_dim, out_width = a.heads * a.value_channels(), k_width = a.kv_heads * a.head_dim,
+                v_width = a.kv_heads * a.value_channels();
+  auto cache = std::make_shared<KvCache>(std::vector<KvCache::Widths>{{k_width, v_width}});
+  std::vector<float> out(size_t(n * out_width));
   for (int64_t t = 0; t < n; t += piece) {
     const int64_t m = std::min(piece, n - t);
     cache->reserve(t + m);
-    attention(x.q.f32() + t * width, x.k.f32() + t * kv_width, x.v.f32() + t * kv_width, one(m, t, cache), a,
-              out.data() + t * width);
+    attention(x.q.f32() + t * width, x.k.f32() + t * k_width, x.v.f32() + t * v_width, one(m, t, cache), a,
+              out.data() + t * out_width);
     cache->length = t + m;
   }
   return out;
@@ -115,8 +118,9 @@ std::vector<float> in_pieces(const Qkv& x, const Attention& a, int64_t n, int64_
 // In one batch without a cache, and through a cache in pieces: near the oracle, and equal to each other bit for bit.
 void attention_case(const Attention& a, int64_t n, const std::vector<int64_t>& piece_sizes) {
   const int64_t d = a.head_dim;
-  const Qkv x{random_matrix(n, a.heads * d, 1), random_matrix(n, a.kv_heads * d, 2), random_matrix(n, a.kv_heads * d, 3)};
-  std::vector<float> whole(size_t(n * a.heads * d));
+  const Qkv x{random_matrix(n, a.heads * d, 1), random_matrix(n, a.kv_heads * d, 2),
+              random_matrix(n, a.kv_heads * a.value_channels(), 3)};
+  std::vector<float> whole(size_t(n * a.heads * a.value_channels()));
   attention(x.q.f32(), x.k.f32(), x.v.f32(), one(n), a, whole.data());
   const std::string name = "attention " + std::to_string(a.heads) + "/" + std::to_string(a.kv_heads) + " x " + std::to_string(d) +
                            ", window " + std::to_string(a.window) + ", " + std::to_string(n) + " tokens";
@@ -136,6 +140,9 @@ void attention_matches_oracle() {
   for (const int64_t d : {3, 40, 80}) attention_case({0, 3, 1, d, 0, 0.2f}, 140, {1, 50});
   attention_case({0, 2, 1, 32, 0, 0.2f}, 1100, {1, 300});
   attention_case({0, 1, 1, 24, 530, 0.2f}, 1200, {1, 700});
+  // Values narrower or wider than keys (multi-head latent attention).
+  for (const int64_t values : {5, 16, 64}) attention_case({0, 4, 1, 24, 0, 0.2f, {}, values}, 150, {1, 50});
+  attention_case({0, 4, 1, 24, 0, 0.2f, {}, 20}, 1100, {1, 300});
 }
 
 // Working memory is as large as every number of query rows needs: new threads have none, so that an overrun leaves it.

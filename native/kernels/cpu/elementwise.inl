@@ -14,6 +14,19 @@ void silu_mul(float* gate, const float* up, int64_t n) {
   if (i < n) store_part(gate + i, silu_mul_lanes(load_part(gate + i, n - i), load_part(up + i, n - i)), n - i);
 }
 
+EAC_INLINE F clamped_swiglu_lanes(F g, F u) {
+  const F high = splat(7.0f), low = splat(-7.0f);
+  g = g > high ? high : g;  // keeps NaN
+  u = u > high ? high : u < low ? low : u;
+  return g / (1.0f + exp_lanes(-1.702f * g)) * (u + 1.0f);
+}
+
+void clamped_swiglu(float* gate, const float* up, int64_t n) {
+  int64_t i = 0;
+  for (; i + L <= n; i += L) store(gate + i, clamped_swiglu_lanes(load<F>(gate + i), load<F>(up + i)));
+  if (i < n) store_part(gate + i, clamped_swiglu_lanes(load_part(gate + i, n - i), load_part(up + i, n - i)), n - i);
+}
+
 SoftmaxInfo softmax_row(float* x, int64_t n) {
   const float lowest = -__builtin_inff();
   F m = splat(lowest);

@@ -113,8 +113,9 @@ struct Isa {
 
   // Element-wise helpers of the other kernels. exp: within 2 ulp, exp(-inf) = 0, overflow is inf.
   void (*exp_f32)(const float* in, int64_t n, float* out);
-  void (*silu_mul)(float* gate, const float* up, int64_t n);  // gate = gate / (1 + exp(-gate)) * up
-  SoftmaxInfo (*softmax_row)(float* x, int64_t n);            // in place; a row of -inf becomes zeros (sum 0)
+  void (*silu_mul)(float* gate, const float* up, int64_t n);        // gate = gate / (1 + exp(-gate)) * up
+  void (*clamped_swiglu)(float* gate, const float* up, int64_t n);  // see kernels/nn/activation.h
+  SoftmaxInfo (*softmax_row)(float* x, int64_t n);                  // in place; a row of -inf becomes zeros (sum 0)
   // One block of an online softmax: scores s[i], lo <= i < hi, become exp(s - max'), all others of the n zeros, with max' the new maximum
   // of *max and the scores; *max is updated, *shrink = exp(old max - max') is what earlier sums must be multiplied by. n a multiple of 16.
   // Returns the sum. Nothing to see and a *max of -inf: zeros, shrink 1 or 0.

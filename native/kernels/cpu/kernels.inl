@@ -28,6 +28,7 @@ const Isa EAC_ISA_TABLE = {
     .to_f32 = to_f32,
     .exp_f32 = exp_f32,
     .silu_mul = silu_mul,
+    .clamped_swiglu = clamped_swiglu,
     .softmax_row = softmax_row,
     .softmax_block = softmax_block,
     .blend_f32 = blend_f32,

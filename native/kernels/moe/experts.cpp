@@ -34,8 +34,10 @@ void run_exact(const MoeCall& c, ExpertsScratch& s) {
         const int64_t width = c.experts.hidden_of(e);
         const float* in = t.row < routed ? rows + t.row * d : c.x + (t.row - routed) * d;
         float *h = hidden + at(t), *u = up + at(t);
-        linear_serial(in, d, t.rows, c.experts.gate_of(e), nullptr, t.channel, t.channel + t.channels, 0, h, width);
-        linear_serial(in, d, t.rows, c.experts.up_of(e), nullptr, t.channel, t.channel + t.channels, 0, u, width);
+        linear_serial(in, d, t.rows, c.experts.gate_of(e), c.experts.bias_of(e, &ExpertBiases::gate), t.channel,
+                      t.channel + t.channels, 0, h, width);
+        linear_serial(in, d, t.rows, c.experts.up_of(e), c.experts.bias_of(e, &ExpertBiases::up), t.channel,
+                      t.channel + t.channels, 0, u, width);
         for (int64_t r = 0; r < t.rows; r++)
           glu(c.experts.activation, h + r * width + t.channel, u + r * width + t.channel, t.channels);
       });
@@ -45,8 +47,8 @@ void run_exact(const MoeCall& c, ExpertsScratch& s) {
       [&](const Tile& t, const Tile*) {
         const size_t e = size_t(t.expert);
         const int64_t width = c.experts.hidden_of(e);
-        linear_serial(hidden + at(t), width, t.rows, c.experts.down_of(e), nullptr, t.channel, t.channel + t.channels, 0,
-                      rows + t.row * d, d);
+        linear_serial(hidden + at(t), width, t.rows, c.experts.down_of(e), c.experts.bias_of(e, &ExpertBiases::down), t.channel,
+                      t.channel + t.channels, 0, rows + t.row * d, d);
       });
   add_up(c, s, rows);
 }
@@ -67,13 +69,22 @@ void add_up(const MoeCall& c, const ExpertsScratch& s, const float* rows) {
 }
 
 Experts::Experts(std::vector<Matrix> gate_, std::vector<Matrix> up_, std::vector<Matrix> down_, Activation activation_,
-                 std::optional<SharedExpert> shared_)
+                 std::optional<SharedExpert> shared_, std::optional<ExpertBiases> biases_)
     : gate(std::move(gate_)),
       up(std::move(up_)),
       down(std::move(down_)),
       activation(activation_),
       shared(std::move(shared_)),
-      int8(gate.size() == up.size() && gate.size() == down.size() ? int8_blocks(*this) : std::nullopt) {}
+      biases(std::move(biases_)),
+      int8(gate.size() == up.size() && gate.size() == down.size() ? int8_blocks(*this) : std::nullopt) {
+  if (!biases) return;
+  for (auto* all : {&biases->gate, &biases->up, &biases->down})
+    for (Tensor& t : *all) {
+      Tensor f = Tensor::zeros(DType::f32, t.shape);
+      isa().to_f32(t.dtype, t.data, t.size(), f.f32());
+      t = std::move(f);
+    }
+}
 
 void run_experts(const float* x, int64_t n, int64_t d, const float* weights, const int32_t* indices, int64_t k,
                  const Experts& experts, float beta, float* out, ExpertsScratch& s, Activations activations) {

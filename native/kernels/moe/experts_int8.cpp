@@ -33,6 +33,11 @@ void product(const Int8Tokens& x, const int32_t* rows, int64_t n, const QuantMat
                   .next = next});
 }
 
+// rows (n, row stride ld) += the bias of channels [channel, channel + channels), if there is one.
+void add_bias(const Tensor* bias, int64_t channel, int64_t channels, float* rows, int64_t n, int64_t ld) {
+  for (int64_t r = 0; bias && r < n; r++) isa().axpy_f32(1, bias->f32() + channel, rows + r * ld, channels);
+}
+
 Int8Tokens from_token(Int8Tokens x, int64_t token) {
   x.q += token * x.stride, x.scale += token * x.blocks, x.sum += token * x.blocks;
   return x;
@@ -62,6 +67,8 @@ struct Int8Experts {
     const uint8_t* after = next ? codes_of(quant(c.experts.gate_of(size_t(next->expert))), next->channel) : nullptr;
     product(s.x8.view(), tokens, t.rows, gate_matrix, t.channel, t.channels, gate, channel_block, codes_of(up_matrix, t.channel));
     product(s.x8.view(), tokens, t.rows, up_matrix, t.channel, t.channels, up, channel_block, after);
+    add_bias(c.experts.bias_of(e, &ExpertBiases::gate), t.channel, t.channels, gate, t.rows, channel_block);
+    add_bias(c.experts.bias_of(e, &ExpertBiases::up), t.channel, t.channels, up, t.rows, channel_block);
     Int8Rows& hidden = e < count ? s.hidden8 : s.shared8;
     const int64_t first = e < count ? t.row : t.row - routed;
     for (int64_t r = 0; r < t.rows; r++) {
@@ -87,12 +94,14 @@ struct Int8Experts {
                               : task + threads < tasks ? codes_of(*terms[0].down, (task + threads) * step)
                                                        : nullptr;
         product(terms[i].hidden, nullptr, 1, *terms[i].down, channel, channels, y, step, next);
+        add_bias(terms[i].bias, channel, channels, y, 1, step);
         isa().axpy_f32(terms[i].weight, y, c.out + channel, channels);
       }
     });
   }
   struct Term {
     const QuantMatrix* down;
+    const Tensor* bias;
     Int8Tokens hidden;
     float weight;
   };
@@ -100,7 +109,7 @@ struct Int8Experts {
     thread_local std::vector<Term> terms;
     terms.clear();
     const auto add = [&](size_t e, int64_t pair, float weight) {
-      terms.push_back({&quant(c.experts.down_of(e)), hidden_from(e, pair), weight});
+      terms.push_back({&quant(c.experts.down_of(e)), c.experts.bias_of(e, &ExpertBiases::down), hidden_from(e, pair), weight});
     };
     for (int64_t slot = 0; slot < c.k; slot++)
       if (const int64_t pair = s.dispatch.pair_of_slot[size_t(slot)]; pair >= 0) add(expert_of(pair), pair, c.weights[slot]);
@@ -120,13 +129,17 @@ struct Int8Experts {
           const uint8_t* after = next ? codes_of(quant(c.experts.down_of(size_t(next->expert))), next->channel) : nullptr;
           const QuantMatrix& w = quant(c.experts.down_of(size_t(t.expert)));
           const Int8Tokens x = hidden_from(size_t(t.expert), t.row);
-          if (t.channels % quant_panel == 0)
-            return product(x, nullptr, t.rows, w, t.channel, t.channels, rows + t.row * c.d + t.channel, c.d, after);
+          const Tensor* bias = c.experts.bias_of(size_t(t.expert), &ExpertBiases::down);
+          float* out = rows + t.row * c.d + t.channel;
+          if (t.channels % quant_panel == 0) {
+            product(x, nullptr, t.rows, w, t.channel, t.channels, out, c.d, after);
+            return add_bias(bias, t.channel, t.channels, out, t.rows, c.d);
+          }
           thread_local Scratch scratch;
           float* y = scratch.get<float>(row_block * channel_block);
           product(x, nullptr, t.rows, w, t.channel, t.channels, y, channel_block, after);
-          for (int64_t r = 0; r < t.rows; r++)
-            std::copy_n(y + r * channel_block, t.channels, rows + (t.row + r) * c.d + t.channel);
+          add_bias(bias, t.channel, t.channels, y, t.rows, channel_block);
+          for (int64_t r = 0; r < t.rows; r++) std::copy_n(y + r * channel_block, t.channels, out + r * c.d);
         });
     add_up(c, s, rows);
   }

@@ -7,12 +7,12 @@
 namespace eac {
 namespace {
 
-void product(const float* x, const Matrix& w, Activations activations, float* y) {
+void product(const float* x, const Matrix& w, const Tensor* bias, Activations activations, float* y) {
   const QuantMatrix* q = std::get_if<QuantMatrix>(&w);
   if (q && activations == Activations::int8)
-    linear_int8_reference(x, q->cols, 1, *q, nullptr, 0, y, q->rows);
+    linear_int8_reference(x, q->cols, 1, *q, bias, 0, y, q->rows);
   else
-    linear_reference(x, in_features(w), 1, w, nullptr, 0, y, out_features(w));
+    linear_reference(x, in_features(w), 1, w, bias, 0, y, out_features(w));
 }
 
 }  // namespace
@@ -24,10 +24,10 @@ void run_experts_reference(const float* x, int64_t n, int64_t d, const float* we
     std::vector<double> sum(static_cast<size_t>(d), 0);
     const auto add = [&](size_t e, double weight) {
       std::vector<float> gate(static_cast<size_t>(experts.hidden_of(e))), up(gate.size());
-      product(x + t * d, experts.gate_of(e), activations, gate.data());
-      product(x + t * d, experts.up_of(e), activations, up.data());
+      product(x + t * d, experts.gate_of(e), experts.bias_of(e, &ExpertBiases::gate), activations, gate.data());
+      product(x + t * d, experts.up_of(e), experts.bias_of(e, &ExpertBiases::up), activations, up.data());
       glu(experts.activation, gate.data(), up.data(), int64_t(gate.size()));
-      product(gate.data(), experts.down_of(e), activations, y.data());
+      product(gate.data(), experts.down_of(e), experts.bias_of(e, &ExpertBiases::down), activations, y.data());
       for (int64_t j = 0; j < d; j++) sum[size_t(j)] += weight * y[size_t(j)];
     };
     for (int64_t slot = t * k; slot < (t + 1) * k; slot++)

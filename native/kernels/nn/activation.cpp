@@ -17,6 +17,7 @@ float gelu_tanh(float x) { return 0.5f * x * (1 + std::tanh(0.79788456f * (x + 0
 void glu(Activation a, float* gate, const float* up, int64_t n) {
   switch (a) {
     case Activation::silu: isa().silu_mul(gate, up, n); return;
+    case Activation::clamped_swiglu: isa().clamped_swiglu(gate, up, n); return;
     case Activation::gelu:
       for (int64_t i = 0; i < n; i++) gate[i] = gelu(gate[i]) * up[i];
       return;

@@ -17,10 +17,12 @@ struct Rope {
   float scale = 1, long_scale = 1;
   bool interleaved = false;
   int64_t long_from = 0;
+  int64_t offset = 0;  // where the turning channels of a head begin
 };
 void rope(float* x, int64_t width, const std::vector<Sequence>& sequences, const Rope& r);
 
-// SHAPES      q, out (n × heads*head_dim); k, v (n × kv_heads*head_dim); heads a multiple of kv_heads; sinks (heads) or empty
+// SHAPES      q (n × heads*head_dim); k (n × kv_heads*head_dim); v (n × kv_heads*value_dim); out (n × heads*value_dim);
+//             heads a multiple of kv_heads; sinks (heads) or empty
 // DEFINITION  k and v are appended to the sequence's cache at `layer` (not yet counted in its length); token at position p then attends
 //             to positions max(0, p - window + 1) .. p (window 0: from 0):  out = softmax(scale q.k) v.
 //             A sink is a logit of its head that joins the softmax's denominator and has no value (gpt-oss).
@@ -30,6 +32,9 @@ struct Attention {
   int64_t layer = 0, heads = 0, kv_heads = 0, head_dim = 0, window = 0;
   float scale = 1;
   std::vector<float> sinks = {};
+  int64_t value_dim = 0;  // 0: head_dim
+
+  int64_t value_channels() const { return value_dim > 0 ? value_dim : head_dim; }
 };
 void attention(const float* q, const float* k, const float* v, const std::vector<Sequence>& sequences, const Attention& a,
                float* out);

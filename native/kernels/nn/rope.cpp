@@ -19,7 +19,7 @@ void rope(float* x, int64_t width, const std::vector<Sequence>& sequences, const
         const float angle = float(s.position + t) * frequencies[size_t(i)];
         const float c = std::cos(angle) * scale, sn = std::sin(angle) * scale;
         for (int64_t h = 0; h < heads; h++) {
-          float* a = row + h * r.head_dim + i * step;
+          float* a = row + h * r.head_dim + r.offset + i * step;
           const float lo = a[0], hi = a[other];
           a[0] = lo * c - hi * sn;
           a[other] = lo * sn + hi * c;

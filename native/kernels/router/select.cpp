@@ -1,5 +1,6 @@
 #include "kernels/router/select.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -11,22 +12,56 @@ namespace {
 constexpr float minus_infinity = -std::numeric_limits<float>::infinity();
 constexpr int64_t rows_per_task = 32;
 
-// Softmax scores of the experts with keep[e] (null: all); the sum runs over all experts, kept or not.
-void softmax_top_k(const float* logits, const uint8_t* keep, const RouterSpec& r, float* scores, float* weights,
-                   int32_t* indices) {
-  float max = minus_infinity;
-  for (int64_t e = 0; e < r.experts; e++) max = std::max(max, logits[e]);
-  float sum = 0;
-  for (int64_t e = 0; e < r.experts; e++) sum += scores[e] = std::exp(logits[e] - max);
-  float chosen = 0;
+// Scores in `scores`, what experts are chosen by in `choice`; an expert that cannot be chosen has minus infinity there.
+void score(const float* logits, const uint8_t* keep, const RouterSpec& r, float* scores, float* choice) {
+  if (r.scoring == Scoring::softmax) {  // over all experts, kept or not
+    float max = minus_infinity, sum = 0;
+    for (int64_t e = 0; e < r.experts; e++) max = std::max(max, logits[e]);
+    for (int64_t e = 0; e < r.experts; e++) sum += scores[e] = std::exp(logits[e] - max);
+    for (int64_t e = 0; e < r.experts; e++) scores[e] /= sum;
+  } else {
+    for (int64_t e = 0; e < r.experts; e++) scores[e] = 1 / (1 + std::exp(-logits[e]));
+  }
+  for (int64_t e = 0; e < r.experts; e++) {
+    const float by = scores[e] + (r.correction.empty() ? 0.f : r.correction[size_t(e)]);
+    choice[e] = (!keep || keep[e]) && by == by ? by : minus_infinity;
+  }
+}
+
+// Takes the experts of all but the best groups out of the choice.
+void limit_groups(const RouterSpec& r, float* choice) {
+  const int64_t size = r.experts / r.groups;
+  const auto worth = [&](int64_t g) {
+    float best = minus_infinity, second = minus_infinity;
+    for (int64_t e = g * size; e < (g + 1) * size; e++)
+      if (choice[e] > best)
+        second = best, best = choice[e];
+      else
+        second = std::max(second, choice[e]);
+    return r.group_best == 2 && second != minus_infinity ? best + second : best;
+  };
+  static thread_local std::vector<std::pair<float, int64_t>> order;
+  order.clear();
+  for (int64_t g = 0; g < r.groups; g++) order.push_back({-worth(g), g});
+  std::sort(order.begin(), order.end());
+  for (int64_t i = r.top_groups; i < r.groups; i++) {
+    const int64_t g = order[size_t(i)].second;
+    std::fill(choice + g * size, choice + (g + 1) * size, minus_infinity);
+  }
+}
+
+void top_k(const float* logits, const uint8_t* keep, const RouterSpec& r, float* scores, float* weights, int32_t* indices) {
+  float *choice = scores + r.experts, chosen = 0;
+  score(logits, keep, r, scores, choice);
+  if (r.top_groups < r.groups) limit_groups(r, choice);
   for (int64_t k = 0; k < r.top_k; k++) {
     int32_t best = -1;
     for (int64_t e = 0; e < r.experts; e++)
-      if ((!keep || keep[e]) && scores[e] >= 0 && (best < 0 || scores[e] > scores[best])) best = int32_t(e);
+      if (choice[e] != minus_infinity && (best < 0 || choice[e] > choice[best])) best = int32_t(e);
     indices[k] = best;
-    weights[k] = best < 0 ? 0.f : scores[best] / sum;
+    weights[k] = best < 0 ? 0.f : scores[best];
     chosen += weights[k];
-    if (best >= 0) scores[best] = -1;
+    if (best >= 0) choice[best] = minus_infinity;
   }
   const float factor = r.scale / (r.renormalize && chosen > 0 ? chosen : 1.f);
   for (int64_t k = 0; k < r.top_k; k++) weights[k] *= factor;
@@ -56,10 +91,10 @@ void sparse_mixer(const float* logits, const uint8_t* keep, const RouterSpec& r,
 }
 
 void select_row(const float* logits, const uint8_t* keep, const RouterSpec& r, float* scores, float* weights, int32_t* indices) {
-  if (r.scoring == Scoring::softmax)
-    softmax_top_k(logits, keep, r, scores, weights, indices);
-  else
+  if (r.scoring == Scoring::sparse_mixer)
     sparse_mixer(logits, keep, r, scores, weights, indices);
+  else
+    top_k(logits, keep, r, scores, weights, indices);
 }
 
 void mask_row(const uint8_t* keep, PruneMode mode, const RouterSpec& r, float* weights, int32_t* indices) {
@@ -78,7 +113,7 @@ void mask_row(const uint8_t* keep, PruneMode mode, const RouterSpec& r, float* w
 void select_experts(const float* logits, int64_t n, const RouterSpec& r, float* weights, int32_t* indices) {
   parallel_for((n + rows_per_task - 1) / rows_per_task, [&](int64_t task) {
     static thread_local std::vector<float> scores;
-    scores.resize(size_t(r.experts));
+    scores.resize(size_t(2 * r.experts));
     for (int64_t t = task * rows_per_task; t < std::min(n, (task + 1) * rows_per_task); t++)
       select_row(logits + t * r.experts, nullptr, r, scores.data(), weights + t * r.top_k, indices + t * r.top_k);
   });
@@ -93,7 +128,7 @@ void count_selections(const int32_t* indices, const std::vector<Sequence>& seque
 
 void apply_expert_mask(const float* logits, const uint8_t* mask, PruneMode mode, const std::vector<Sequence>& sequences,
                        const RouterSpec& r, float* weights, int32_t* indices) {
-  std::vector<float> scores(static_cast<size_t>(r.experts));
+  std::vector<float> scores(static_cast<size_t>(2 * r.experts));
   for (size_t s = 0; s < sequences.size(); s++) {
     const uint8_t* keep = mask + int64_t(s) * r.experts;
     for (int64_t t = sequences[s].begin; t < sequences[s].begin + sequences[s].length; t++) {

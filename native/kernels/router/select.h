@@ -10,14 +10,19 @@
 
 namespace eac {
 
-enum class Scoring { softmax, sparse_mixer };
+enum class Scoring { softmax, sigmoid, sparse_mixer };
 
+// Softmax and sigmoid: experts are chosen by score + correction, of the `top_groups` best groups only; weights are the bare scores.
 struct RouterSpec {
   Scoring scoring = Scoring::softmax;
   int64_t experts = 0, top_k = 0;
   bool renormalize = false;  // divide the chosen weights by their sum
   float scale = 1;           // multiplies the weights at the end
   float jitter = 0;          // sparse mixer: an expert competes while (max - s) / max(|s|, max) <= 2 * jitter (arXiv 2409.12136)
+  std::vector<float> correction =
+      {};  // (experts) or empty: balances the load, never a weight (DeepSeek-V3, arXiv 2412.19437, section 2.1.2)
+  int64_t groups = 1, top_groups = 1;  // consecutive experts (DeepSeek-V2, arXiv 2405.04434, section 2.2.2)
+  int64_t group_best = 1;              // a group counts as much as its best experts together: 1 (V2) or 2 (V3)
 };
 
 void select_experts(const float* logits, int64_t n, const RouterSpec& r, float* weights, int32_t* indices);
