@@ -1,5 +1,5 @@
 /** QESC: compresses a Mixture-of-Experts checkpoint layer by layer (EAC-MoE section 4). */
-import { join } from 'node:path';
+import { basename, join, resolve } from 'node:path';
 import type { Control, Tensor } from '../../types/native';
 import { describe, type Architecture } from '../architecture';
 import { readStored, storageOf, storedNames } from '../architecture/storage';
@@ -9,6 +9,7 @@ import { quantizationOf } from '../checkpoint/quantized';
 import { openSafetensors } from '../checkpoint/safetensors';
 import { Checkpoint } from '../checkpoint/source';
 import { EacMoeError } from '../errors';
+import { isHubReference, localModel } from '../hub';
 import { MoeModel, setDevice } from '../model/model';
 import { ProgramBuilder } from '../model/program';
 import { CheckpointWeights, layerMatrices } from '../model/weights';
@@ -30,8 +31,8 @@ import { makeRecipe, needsCalibration, recipeJson, type Recipe } from './recipe'
 import { makeBatches } from './runner';
 
 /**
- * Compresses the model in directory `source` (Hugging Face layout; floats, or FP8 or MXFP4 as published) into `options.output`, and loads
- * the result.
+ * Compresses the model `source`, a directory in Hugging Face's layout or `hf:<owner>/<name>[@revision]` (floats, or FP8 or MXFP4 as
+ * published), into `options.output`, and loads the result.
  *
  * Memory is bounded by one layer (at 16 bit, where the source has fewer), its Hessians and the hidden states of the calibration tokens (4
  * f32 values a token and hidden channel), then by the compressed model. Calibration `self` runs the whole source model first, and so maps
@@ -39,7 +40,7 @@ import { makeBatches } from './runner';
  * depends on the source, the options and the seed, not on threads; a killed run continues when it is called again.
  *
  * @throws EacMoeError: INVALID_ARGUMENT for options out of range, FILE_NOT_FOUND, INVALID_CHECKPOINT, INVALID_TENSOR, NON_FINITE or
- * UNSUPPORTED_MODEL for the source, CALIBRATION, TOKENIZER, OUTPUT for the directory or a full disk, ABORTED
+ * UNSUPPORTED_MODEL for the source (from the hub also those of `downloadModel`), CALIBRATION, TOKENIZER, OUTPUT for the directory or a full disk, ABORTED
  */
 export async function quantizeMoE(
   source: string,
@@ -56,7 +57,7 @@ export async function quantizeCheckpoint(source: string, options: QuantizeOption
   if (typeof options.output !== 'string' || options.output === '') {
     throw new EacMoeError('INVALID_ARGUMENT', 'output must be the directory to write');
   }
-  const checkpoint = Checkpoint.open(source);
+  const checkpoint = Checkpoint.open(await localModel(source, options));
   let report: QuantizeReport;
   try {
     const quantization = quantizationOf(checkpoint.config);
@@ -70,8 +71,9 @@ export async function quantizeCheckpoint(source: string, options: QuantizeOption
     const architecture = describe(checkpoint.config);
     checkTensors(architecture, checkpoint);
     const recipe = makeRecipe(architecture, options);
+    const name = isHubReference(source) ? source : basename(resolve(source));
     report = await withSignal(options.signal, (control) =>
-      new Quantizer(checkpoint, architecture, recipe, options, control).run(),
+      new Quantizer(name, checkpoint, architecture, recipe, options, control).run(),
     );
   } finally {
     checkpoint.dispose();
@@ -88,6 +90,7 @@ class Quantizer {
   readonly #weights: CheckpointWeights;
 
   constructor(
+    private readonly sourceName: string,
     private readonly checkpoint: Checkpoint,
     private readonly architecture: Architecture,
     private readonly recipe: Recipe,
@@ -119,7 +122,7 @@ class Quantizer {
     };
     const { averageBits, averageBitsWithOverhead } = size;
     this.#progress('write', 0.99, 'finishing');
-    const bytes = await output.finish({
+    const bytes = await output.finish(this.sourceName, {
       averageBits,
       averageBitsWithOverhead,
       calibrationTokens: calibration,

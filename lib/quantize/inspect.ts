@@ -4,6 +4,7 @@ import { storageOf } from '../architecture/storage';
 import { checkTensors, requiredTensors } from '../architecture/tensors';
 import { moduleOf, quantizationOf } from '../checkpoint/quantized';
 import { Checkpoint } from '../checkpoint/source';
+import { withModelHeaders, type DownloadOptions } from '../hub';
 import { estimateSize, makePlan, type Plan, type PlanOptions } from './plan';
 
 export interface ModelSize {
@@ -17,6 +18,7 @@ export interface ModelSize {
 }
 
 export interface ModelInfo {
+  /** As it was asked for. */
   path: string;
   /** `model_type` of config.json. */
   family: string;
@@ -50,7 +52,7 @@ export interface ModelInfo {
 }
 
 /** How `sizes` are estimated; the defaults are those of `quantizeMoE`. */
-export type InspectOptions = Omit<PlanOptions, 'bits'>;
+export type InspectOptions = Omit<PlanOptions, 'bits'> & DownloadOptions;
 
 const BITS = [2, 2.5, 3, 4] as const;
 
@@ -63,9 +65,18 @@ function publishedDtype(architecture: Architecture, checkpoint: Checkpoint): 'fp
   return undefined;
 }
 
-/** @throws EacMoeError FILE_NOT_FOUND, INVALID_CHECKPOINT, INVALID_TENSOR or UNSUPPORTED_MODEL, naming the file or tensor */
-export function inspectModel(path: string, options: InspectOptions = {}): ModelInfo {
-  const checkpoint = Checkpoint.open(path);
+/**
+ * Describes a model directory, or `hf:<owner>/<name>[@revision]`, of whose weights only the headers are downloaded.
+ *
+ * @throws EacMoeError FILE_NOT_FOUND, INVALID_CHECKPOINT, INVALID_TENSOR or UNSUPPORTED_MODEL, naming the file or tensor; for models of
+ * the hub also those of `downloadModel`
+ */
+export function inspectModel(path: string, options: InspectOptions = {}): Promise<ModelInfo> {
+  return withModelHeaders(path, options, (directory) => ({ path, ...describeModel(directory, options) }));
+}
+
+function describeModel(directory: string, options: InspectOptions): Omit<ModelInfo, 'path'> {
+  const checkpoint = Checkpoint.open(directory);
   try {
     const { config } = checkpoint;
     const architecture = describe(config);
@@ -76,8 +87,7 @@ export function inspectModel(path: string, options: InspectOptions = {}): ModelI
       ...estimateSize(architecture, makePlan(architecture, { ...options, bits })),
     }));
     const { parameters, activeParameters, bytesAt16Bit } = sizes[0]!;
-    const info: ModelInfo = {
-      path,
+    const info: Omit<ModelInfo, 'path'> = {
       family: architecture.modelType,
       layers: architecture.layers.length,
       moeLayers: moe.length,

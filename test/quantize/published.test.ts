@@ -192,8 +192,8 @@ describe.each(Object.entries(MODELS))('%s and its twin', (title, { dtype, ...mod
     b.dispose();
   });
 
-  test('have the same parameters; `inspect` names the format', () => {
-    const [found, expected] = [inspectModel(published), inspectModel(twin)];
+  test('have the same parameters; `inspect` names the format', async () => {
+    const [found, expected] = [await inspectModel(published), await inspectModel(twin)];
     expect([found.dtype, expected.dtype]).toEqual([dtype, 'bfloat16']);
     expect(found.quantization).toBeUndefined();
     for (const key of ['parameters', 'activeParameters', 'sizes'] as const)
@@ -213,7 +213,7 @@ describe.each(Object.entries(MODELS))('%s and its twin', (title, { dtype, ...mod
     const shard = openSafetensors(join(a, index[left]!));
     expect(shard.info(left)).toMatchObject({ dtype: 'BF16' });
     shard.dispose();
-    expect(inspectModel(a).dtype).toBe('bfloat16');
+    expect((await inspectModel(a)).dtype).toBe('bfloat16');
     const model = await MoeModel.load(a);
     expect((await model.forward([1, 2, 3])).logits.every(Number.isFinite)).toBe(true);
     model.dispose();
