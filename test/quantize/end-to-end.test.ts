@@ -7,11 +7,13 @@ import { moduleOf, quantizationOf, readMatrix } from '../../lib/checkpoint/quant
 import { writeSafetensors } from '../../lib/checkpoint/safetensors';
 import { writeJson } from '../../lib/checkpoint/files';
 import { Checkpoint } from '../../lib/checkpoint/source';
+import { evaluate } from '../../lib/evaluate';
 import { MoeModel } from '../../lib/model/model';
 import { quantizeMoE } from '../../lib/quantize';
 import type { Progress, QuantizeOptions, QuantizeReport } from '../../lib/quantize/options';
 import type { QuantMatrix, Tensor } from '../../types/native';
 import { describeWith, readJson, scratch, shared } from '../checkpoint/helpers';
+import { shows } from '../families/shows';
 import { TINY_CONFIG, writeSynthetic } from '../synthetic';
 import { FEW, logitsOf, randomIds, relativeError, TRIO } from './helpers';
 
@@ -317,7 +319,7 @@ describe('options', () => {
 });
 
 for (const family of SUPPORTED_MODEL_TYPES) {
-  describeWith(`goldens/${family}/config.json`, `${family} at 3 bit`, () => {
+  describeWith(`goldens/${family}/config.json`, `${family} at 3 bit ${shows(family, 'quantize')}`, () => {
     test('stays close to the original', async () => {
       const source = join(shared, 'goldens', family);
       const original = await MoeModel.load(source);
@@ -330,6 +332,12 @@ for (const family of SUPPORTED_MODEL_TYPES) {
       const moe = original.architecture.layers.map((l) => l.feedForward.kind === 'moe');
       expect(report.layers.map((l) => l.router !== undefined)).toEqual(moe);
       for (const [i, { errors }] of report.layers.entries()) expect('expert' in errors).toBe(moe[i]);
+      const perplexity = randomIds(vocabSize, 1, 256)[0]!;
+      const { kl, expertShift } = await evaluate(model, { perplexity, seqLen: 64, reference: original });
+      // Random weights predict next to nothing: what is left to lose is little.
+      expect(kl).toBeGreaterThan(0);
+      expect(kl).toBeLessThan(0.5);
+      expect(expertShift!.layers.length).toBe(moe.filter(Boolean).length);
       for (const m of [model, original]) m.dispose();
     });
   });

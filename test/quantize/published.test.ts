@@ -95,8 +95,8 @@ test('the same logits and routing, bit for bit', async () => {
   b.dispose();
 });
 
-test('inspect names the format and counts what the twin has', () => {
-  const [found, expected] = [inspectModel(published), inspectModel(twin)];
+test('inspect names the format and counts what the twin has', async () => {
+  const [found, expected] = [await inspectModel(published), await inspectModel(twin)];
   expect([found.dtype, expected.dtype]).toEqual(['fp8', 'bfloat16']);
   expect(found.quantization).toBeUndefined();
   expect(found.bytes).toBeLessThan(0.75 * expected.bytes);
