@@ -51,5 +51,12 @@ export {
   type LayerShift,
   type ShiftRates,
 } from './evaluate';
+export {
+  exportCheckpoint,
+  type ExportedType,
+  type ExportFormat,
+  type ExportOptions,
+  type ExportReport,
+} from './export';
 export type { Activations } from '../types/native';
 export { version } from './version';

@@ -1,5 +1,6 @@
 /** FP8 and MXFP4 in plain arithmetic, from their definitions: what the library's decoders are held against, and how the tests publish models. */
 import type { TensorEntry } from '../lib/checkpoint/safetensors';
+import type { SyntheticOptions } from './synthetic';
 
 /** The number nearest to x in bf16, ties to even; x is an f32 number. */
 export function toBf16(x: number): number {
@@ -147,4 +148,36 @@ export function mxfp4Entries(
     { name: `${name}_blocks`, dtype: 'U8', shape: [...groups, 16], data: blocks },
     { name: `${name}_scales`, dtype: 'U8', shape: groups, data: scales },
   ];
+}
+
+/**
+ * For `writeSynthetic`: gathers experts' matrices and biases in the tensors that the family publishes, as bf16 or MXFP4 (biases stay bf16).
+ */
+export function fuseExperts(format: 'bf16' | 'mxfp4'): NonNullable<SyntheticOptions['store']> {
+  const gathered = new Map<string, { all: Float32Array; left: number }>();
+  return ({ fused }, bits) => {
+    if (!fused) return undefined;
+    const { tensor, expert, from, step } = fused;
+    const [experts, a, b] = fused.shape as [number, number, number?];
+    const [rows, inputs] = b === undefined ? [a, 1] : fused.transposed ? [b, a] : [a, b];
+    const size = experts * rows * inputs;
+    const group = gathered.get(tensor) ?? { all: new Float32Array(size), left: size };
+    gathered.set(tensor, group);
+    fromBf16(bits).forEach((value, i) => {
+      const row = expert * rows + from + Math.floor(i / inputs) * step;
+      group.all[row * inputs + (i % inputs)] = value;
+    });
+    group.left -= bits.length;
+    if (group.left > 0) return [];
+    if (format === 'mxfp4' && b !== undefined)
+      return mxfp4Entries(tensor, group.all, [experts, rows, inputs]);
+    const stored =
+      b !== undefined && fused.transposed
+        ? group.all.map((_, i) => {
+            const [e, c, r] = [Math.floor(i / (rows * inputs)), Math.floor(i / rows) % inputs, i % rows];
+            return group.all[(e * rows + r) * inputs + c]!;
+          })
+        : group.all;
+    return [{ name: tensor, dtype: 'BF16', shape: fused.shape, data: bf16Bytes(stored) }];
+  };
 }

@@ -76,7 +76,7 @@ function dissect(module: string): { literals: string[]; numbers: string[] } {
 }
 
 /** Regexes that match exactly `modules`: names that differ in numbers only share one, as far as the numbers form a grid. */
-function exactPatterns(modules: string[]): string[] {
+export function exactPatterns(modules: string[]): string[] {
   const skeletons = new Map<string, { literals: string[]; rows: Map<string, Set<string>> }>();
   for (const module of modules) {
     const { literals, numbers } = dissect(module);

@@ -4,8 +4,8 @@
  */
 import { createHash } from 'node:crypto';
 import { existsSync, readdirSync, readFileSync, statSync, unlinkSync } from 'node:fs';
-import { open, rename, rm, type FileHandle } from 'node:fs/promises';
-import { basename, dirname, join } from 'node:path';
+import { mkdir, open, rename, rm, statfs, type FileHandle } from 'node:fs/promises';
+import { basename, dirname, join, resolve } from 'node:path';
 import { EacMoeError } from '../errors';
 
 /** The largest single write; Node refuses buffers of 2 GiB and more. */
@@ -175,4 +175,28 @@ export function sha256(parts: Iterable<Uint8Array | string>): string {
   const hash = createHash('sha256');
   for (const part of parts) hash.update(part);
   return hash.digest('hex');
+}
+
+/** Creates a directory and those above it. */
+export async function makeDirectory(dir: string): Promise<void> {
+  try {
+    await mkdir(dir, { recursive: true });
+  } catch (cause) {
+    throw new EacMoeError('OUTPUT', `${dir}: cannot be created: ${(cause as Error).message}`, { cause });
+  }
+}
+
+/** Fails with OUTPUT where the file system of `path` has less space: said at the beginning, not found out after hours. */
+export async function checkSpace(path: string, bytes: number): Promise<void> {
+  let existing = resolve(path);
+  while (!existsSync(existing)) existing = dirname(existing);
+  const { bavail, bsize } = await statfs(existing);
+  const free = Number(bavail) * Number(bsize);
+  if (free < bytes) {
+    const mb = (n: number) => `${Math.ceil(n / 1e6)} MB`;
+    throw new EacMoeError(
+      'OUTPUT',
+      `${path}: the disk has ${mb(free)} free, the output needs about ${mb(bytes)}`,
+    );
+  }
 }

@@ -1,10 +1,10 @@
 /**
  * Quantized checkpoints: a Hugging Face directory whose config.json has a `quantization_config` of method 'gptq', as GPTQModel writes
- * and transformers, vLLM and SGLang read it.
+ * and transformers, vLLM and SGLang read it. quantize writes version 2; both versions are read.
  *
  * LAYOUT   Per module `<module>`, for weights [out, in] of b bits in groups of g input channels:
  *            <module>.qweight i32 [ceil(in / 32) * b, out]          codes along the input channels, a little-endian bit string a column
- *            <module>.qzeros  i32 [groups, ceil(out / 32) * b]      zero points along the output channels (v2: true values, not minus 1)
+ *            <module>.qzeros  i32 [groups, ceil(out / 32) * b]      zero points along the output channels (see zeros.ts)
  *            <module>.scales  f16 [groups, out]
  *            <module>.g_idx   i32 [in]                              channel -> group, here always channel / g
  *          The file's bits are native/kernels/quant/pack.cpp's business. See dynamic.ts for the per-module overrides.
@@ -18,11 +18,22 @@ import { describeValue } from './files';
 import { publishedFormat, quantizationFields } from './published';
 import type { Checkpoint } from './source';
 import type { TensorEntry } from './writer';
+import { convertZeros, type GptqVersion } from './zeros';
 
-export { quantizationConfig, type ModuleQuantization, type QuantizationConfig } from './dynamic';
+export {
+  exactPatterns,
+  quantizationConfig,
+  type ModuleQuantization,
+  type QuantizationConfig,
+} from './dynamic';
 
 const RE_SAVE =
   'use the original, unquantized model, or re-save it with GPTQModel as gptq_v2 with desc_act false';
+
+const VERSIONS: ReadonlyMap<string, GptqVersion> = new Map([
+  ['gptq', 1],
+  ['gptq_v2', 2],
+]);
 
 /** What config.json says about the quantization of a checkpoint. */
 export interface Quantization {
@@ -30,13 +41,16 @@ export interface Quantization {
   of(module: string): ModuleQuantization | null;
   /** The `quantizer` entries of `meta`, e.g. ['eac-moe:0.1.0']. */
   readonly quantizers: readonly string[];
+  /** How zero points are stored; default 2. */
+  readonly version?: GptqVersion;
 }
 
 function unsupported(where: string, what: string, cure = 'use the original, unquantized model'): EacMoeError {
   return new EacMoeError('UNSUPPORTED_MODEL', `${where}: ${what}; ${cure}`);
 }
 
-function checkFormat(fields: FieldReader): void {
+/** Refuses what cannot be read. */
+function formatVersion(fields: FieldReader): GptqVersion {
   const { where } = fields;
   const method = fields.string(
     'quant_method',
@@ -45,21 +59,15 @@ function checkFormat(fields: FieldReader): void {
   if (method !== 'gptq') {
     throw unsupported(
       where,
-      `this checkpoint is already quantized with ${describeValue(method || undefined)}, only GPTQ (gptq_v2), and FP8 and MXFP4 as published, can be read`,
+      `this checkpoint is already quantized with ${describeValue(method || undefined)}, only GPTQ, and FP8 and MXFP4 as published, can be read`,
     );
   }
   const format = fields.string('checkpoint_format', 'gptq');
-  if (format === 'gptq') {
+  const version = VERSIONS.get(format);
+  if (!version)
     throw unsupported(
       where,
-      "checkpoint_format is 'gptq' (version 1, zero points stored minus one), only 'gptq_v2' can be read",
-      RE_SAVE,
-    );
-  }
-  if (format !== 'gptq_v2')
-    throw unsupported(
-      where,
-      `checkpoint_format is ${describeValue(format)}, only 'gptq_v2' can be read`,
+      `checkpoint_format is ${describeValue(format)}, only 'gptq' and 'gptq_v2' can be read`,
       RE_SAVE,
     );
   if (fields.boolean('desc_act', false))
@@ -70,6 +78,7 @@ function checkFormat(fields: FieldReader): void {
     );
   if (fields.boolean('lm_head', false))
     throw unsupported(where, 'lm_head is quantized, which cannot be read', RE_SAVE);
+  return version;
 }
 
 /** `base` overridden by the fields that are there. */
@@ -91,7 +100,7 @@ function readModule(fields: FieldReader, base?: ModuleQuantization): ModuleQuant
 export function quantizationOf(config: ModelConfig): Quantization | null {
   const fields = quantizationFields(config);
   if (!fields || publishedFormat(config)) return null;
-  checkFormat(fields);
+  const version = formatVersion(fields);
   const base = readModule(fields);
   const overrides: Override[] = [];
   const dynamic = fields.object('dynamic');
@@ -108,7 +117,7 @@ export function quantizationOf(config: ModelConfig): Quantization | null {
   const quantizers = (Array.isArray(quantizer) ? quantizer : [quantizer]).filter(
     (q): q is string => typeof q === 'string',
   );
-  return { of: lookup, quantizers };
+  return { of: lookup, quantizers, version };
 }
 
 export interface ExpectedTensor {
@@ -172,10 +181,20 @@ function checkGroupIndex(where: string, module: string, index: ArrayLike<number>
   }
 }
 
+/** The qzeros of version 1 in version 2; takes `qzeros`. */
+function secondVersion(dir: string, module: string, bits: number, out: number, qzeros: Tensor): Tensor {
+  const { shape } = qzeros;
+  const packed = { words: qzeros.toArray() as Int32Array, groups: shape[0]!, out, bits };
+  const words = convertZeros(packed, 2, `${dir}: '${module}.qzeros'`);
+  qzeros.dispose();
+  return native().fromArray(words, 'i32', shape);
+}
+
 async function readQuantMatrix(
   checkpoint: TensorReader,
   module: string,
   q: ModuleQuantization,
+  version: GptqVersion,
   out: number,
   inputs: number,
 ): Promise<QuantMatrix> {
@@ -198,6 +217,7 @@ async function readQuantMatrix(
       }
       tensors.push(checkpoint.tensor(name, shape));
     }
+    if (version === 1) tensors[1] = secondVersion(checkpoint.dir, module, q.bits, out, tensors[1]!);
     const [qweight, qzeros, scales, gIdx] = tensors as [Tensor, Tensor, Tensor, Tensor];
     checkGroupIndex(checkpoint.dir, module, gIdx.toArray(), groupSize);
     return await native().fromGptq(
@@ -229,5 +249,5 @@ export async function readMatrix(
       `${checkpoint.dir}: holds '${module}.qweight' but config.json's quantization_config does not say how '${module}' is quantized`,
     );
   }
-  return readQuantMatrix(checkpoint, module, q, out, inputs);
+  return readQuantMatrix(checkpoint, module, q, quantization?.version ?? 2, out, inputs);
 }

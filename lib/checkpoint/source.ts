@@ -11,7 +11,10 @@ import { assertDirectory, describeValue, parseJsonObject, readBytes, readJsonObj
 import { openSafetensors, type SafetensorsFile, type TensorInfo } from './safetensors';
 
 export const SINGLE = 'model.safetensors';
+/** Lists the shards' tensors. */
 export const INDEX = 'model.safetensors.index.json';
+/** Options, versions and errors of the run of quantize that wrote a directory. */
+export const REPORT = 'eac_moe.json';
 
 function sameShape(a: readonly number[], b: readonly number[]): boolean {
   return a.length === b.length && a.every((n, i) => n === b[i]);

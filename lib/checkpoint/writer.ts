@@ -113,6 +113,8 @@ async function* fileChunks(path: string, header: Uint8Array, entries: Placed[]):
 
 export interface WrittenFile {
   bytes: number;
+  /** Of them the tensors'. */
+  tensorBytes: number;
   /** In the order of the file. */
   names: string[];
 }
@@ -138,5 +140,5 @@ export async function writeSafetensors(
   const header = encodeHeader(ordered, metadata);
   const size = ordered.reduce((sum, e) => sum + e.bytes, header.byteLength);
   await writeFileAtomic(path, fileChunks(path, header, ordered), size);
-  return { bytes: size, names: ordered.map((e) => e.name) };
+  return { bytes: size, tensorBytes: size - header.byteLength, names: ordered.map((e) => e.name) };
 }

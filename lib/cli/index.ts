@@ -4,6 +4,7 @@ import { version } from '../index';
 import { EXIT, newProgram, report } from './command';
 import { benchCommand } from './bench';
 import { evalCommand } from './eval';
+import { exportCommand } from './export';
 import { generateCommand } from './generate';
 import { inspectCommand } from './inspect';
 import { quantizeCommand } from './quantize';
@@ -22,6 +23,7 @@ async function main(args: string[]): Promise<number> {
     quantizeCommand(),
     evalCommand(),
     generateCommand(),
+    exportCommand(),
     benchCommand(),
   ]) {
     program.addCommand(command);

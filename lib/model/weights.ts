@@ -2,9 +2,9 @@
 import type { Control, Matrix, Tensor } from '../../types/native';
 import {
   biasOf,
+  isView,
   readStored,
   storageOf,
-  isView,
   viewStored,
   weightOf,
   type Wanted,

@@ -6,14 +6,16 @@
  * directory becomes a model, and the partial files go. Nothing written depends on time, paths or the number of threads.
  */
 import { existsSync } from 'node:fs';
-import { mkdir, readdir, rm, statfs } from 'node:fs/promises';
-import { dirname, join, resolve } from 'node:path';
+import { readdir, rm } from 'node:fs/promises';
+import { join, resolve } from 'node:path';
 import type { Matrix, Tensor } from '../../types/native';
 import type { Architecture } from '../architecture/types';
 import { storageOf } from '../architecture/storage';
 import { requiredTensors, type RequiredTensor } from '../architecture/tensors';
 import {
+  checkSpace,
   copyCompanionFiles,
+  makeDirectory,
   readJsonObject,
   removeTemporaryFiles,
   sha256,
@@ -21,7 +23,7 @@ import {
 } from '../checkpoint/files';
 import { moduleOf, quantizationConfig, quantizedEntries } from '../checkpoint/quantized';
 import { openSafetensors, writeSafetensors, type TensorEntry } from '../checkpoint/safetensors';
-import { UNFINISHED, type Checkpoint } from '../checkpoint/source';
+import { INDEX, REPORT, UNFINISHED, type Checkpoint } from '../checkpoint/source';
 import { EacMoeError } from '../errors';
 import type { CheckpointWeights } from '../model/weights';
 import { native } from '../native';
@@ -32,8 +34,6 @@ import { version } from '../version';
 
 const PARTIAL = UNFINISHED;
 const CALIBRATION = 'eac_moe.partial.safetensors';
-const REPORT = 'eac_moe.json';
-const INDEX = 'model.safetensors.index.json';
 
 /** Everything that the result depends on. */
 interface Job {
@@ -273,27 +273,4 @@ function difference(a: Job, b: Job): string | null {
       return key === 'plan' ? 'plan of bits' : key;
   }
   return a.calibration === b.calibration ? null : 'calibration';
-}
-
-async function makeDirectory(dir: string): Promise<void> {
-  try {
-    await mkdir(dir, { recursive: true });
-  } catch (cause) {
-    throw new EacMoeError('OUTPUT', `${dir}: cannot be created: ${(cause as Error).message}`, { cause });
-  }
-}
-
-/** Says at the beginning what would otherwise be found out after hours. */
-async function checkSpace(dir: string, bytes: number): Promise<void> {
-  let existing = dir;
-  while (!existsSync(existing)) existing = dirname(existing);
-  const { bavail, bsize } = await statfs(existing);
-  const free = Number(bavail) * Number(bsize);
-  if (free < bytes) {
-    const mb = (n: number) => `${Math.ceil(n / 1e6)} MB`;
-    throw new EacMoeError(
-      'OUTPUT',
-      `${dir}: the disk has ${mb(free)} free, the checkpoint needs about ${mb(bytes)}`,
-    );
-  }
 }

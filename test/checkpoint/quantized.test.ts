@@ -111,8 +111,6 @@ describe('quantization_config', () => {
       [{ load_in_4bit: true }, 'bitsandbytes'],
       [{ quant_method: 'compressed-tensors' }, 'compressed-tensors'],
       [{ bits: 4 }, 'nothing'],
-      [{ ...gptq, checkpoint_format: 'gptq' }, "'gptq' (version 1", 'gptq_v2'],
-      [{ ...gptq, checkpoint_format: undefined }, 'version 1'],
       [{ ...gptq, checkpoint_format: 'marlin' }, 'marlin'],
       [{ ...gptq, desc_act: true }, 'desc_act'],
       [{ ...gptq, lm_head: true }, 'lm_head'],
@@ -129,6 +127,16 @@ describe('quantization_config', () => {
     expectError(() => quantizationOf(broken({ '+:(': {} })), 'INVALID_CHECKPOINT', '+:(');
     expectError(() => quantizationOf(broken({ '+:a': { bits: 'x' } })), 'INVALID_CHECKPOINT', 'bits', '"x"');
     expect(quantizationOf(normaliseConfig({ model_type: 'x' }))).toBeNull();
+    for (const [checkpoint_format, version] of [
+      ['gptq_v2', 2],
+      ['gptq', 1],
+      [undefined, 1],
+    ]) {
+      const quantization_config = { ...gptq, checkpoint_format };
+      expect(quantizationOf(normaliseConfig({ model_type: 'x', quantization_config }))!.version).toBe(
+        version,
+      );
+    }
   });
 });
 

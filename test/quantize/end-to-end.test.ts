@@ -9,6 +9,7 @@ import { writeJson } from '../../lib/checkpoint/files';
 import { Checkpoint } from '../../lib/checkpoint/source';
 import { evaluate } from '../../lib/evaluate';
 import { MoeModel } from '../../lib/model/model';
+import { pruneExperts } from '../../lib/prune/pesf';
 import { quantizeMoE } from '../../lib/quantize';
 import type { Progress, QuantizeOptions, QuantizeReport } from '../../lib/quantize/options';
 import type { QuantMatrix, Tensor } from '../../types/native';
@@ -338,7 +339,20 @@ for (const family of SUPPORTED_MODEL_TYPES) {
       expect(kl).toBeGreaterThan(0);
       expect(kl).toBeLessThan(0.5);
       expect(expertShift!.layers.length).toBe(moe.filter(Boolean).length);
-      for (const m of [model, original]) m.dispose();
+
+      // PESF: what it prunes are the experts that the router chose least, and nothing else changes.
+      const pruned = pruneExperts(model, { alpha: 0.9 });
+      const { routing, logits: after } = await pruned.forward(probe, { routing: true });
+      expect(after.every(Number.isFinite)).toBe(true);
+      const first = (await model.forward(probe, { routing: true })).routing![0]!;
+      const chosen = new Array<number>(first.experts).fill(0);
+      for (const e of first.indices) chosen[e]!++;
+      const threshold = (0.9 * probe.length * first.topK) / first.experts;
+      expect(chosen.some((count) => count < threshold)).toBe(true);
+      expect([...routing![0]!.indices]).toEqual(
+        [...first.indices].map((e) => (chosen[e]! < threshold ? -1 : e)),
+      );
+      for (const m of [pruned, model, original]) m.dispose();
     });
   });
 }

@@ -1,32 +1,35 @@
-/** Models published in FP8: the same as their bf16 twins, from loading to the last byte of the quantized checkpoint. */
+/** Models as published, in FP8, MXFP4 or with fused experts: the same as plainer twins, from loading to the last quantized byte. */
 import { cpSync, readdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
-import type { RequiredTensor } from '../../lib/architecture/tensors';
 import { openSafetensors } from '../../lib/checkpoint/safetensors';
 import { MoeModel } from '../../lib/model/model';
 import { quantizeCheckpoint } from '../../lib/quantize';
 import { inspectModel } from '../../lib/quantize/inspect';
 import type { QuantizeOptions } from '../../lib/quantize/options';
 import { expectError, expectRejection, readJson, scratch } from '../checkpoint/helpers';
-import { bf16Bytes, decodeFp8, encodeFp8, fp8Entries, fromBf16, type Size } from '../formats';
-import { writeSynthetic } from '../synthetic';
+import {
+  bf16Bytes,
+  decodeFp8,
+  decodeMxfp4,
+  encodeFp8,
+  encodeMxfp4,
+  fp8Entries,
+  fromBf16,
+  fuseExperts,
+  type Size,
+} from '../formats';
+import { writeSynthetic, type SyntheticOptions } from '../synthetic';
 import { hashes, randomIds } from './helpers';
 
 const root = scratch();
 const BLOCK: Size = [128, 128];
-/** Sizes of which none is a multiple of 128. */
-const CONFIG = {
-  model_type: 'mixtral',
+const COMMON = {
   torch_dtype: 'bfloat16',
   vocab_size: 96,
-  hidden_size: 192,
-  intermediate_size: 160,
   num_hidden_layers: 2,
   num_attention_heads: 6,
   num_key_value_heads: 2,
   head_dim: 32,
-  num_local_experts: 4,
-  num_experts_per_tok: 2,
   max_position_embeddings: 256,
   rms_norm_eps: 1e-5,
   rope_theta: 10000,
@@ -34,33 +37,216 @@ const CONFIG = {
   tie_word_embeddings: false,
   hidden_act: 'silu',
 };
-const FP8 = {
-  ...CONFIG,
-  quantization_config: {
-    activation_scheme: 'dynamic',
-    fmt: 'e4m3',
-    quant_method: 'fp8',
-    weight_block_size: BLOCK,
-    modules_to_not_convert: ['lm_head'],
+/** Sizes of which none is a multiple of 128. */
+const MIXTRAL = {
+  ...COMMON,
+  model_type: 'mixtral',
+  hidden_size: 192,
+  intermediate_size: 160,
+  num_local_experts: 4,
+  num_experts_per_tok: 2,
+};
+const DEEPSEEK = {
+  ...COMMON,
+  model_type: 'deepseek_v3',
+  hidden_size: 96,
+  num_key_value_heads: 6,
+  q_lora_rank: 96,
+  kv_lora_rank: 64,
+  qk_nope_head_dim: 32,
+  qk_rope_head_dim: 16,
+  v_head_dim: 32,
+  intermediate_size: 192,
+  moe_intermediate_size: 64,
+  n_routed_experts: 8,
+  n_shared_experts: 1,
+  num_experts_per_tok: 2,
+  n_group: 4,
+  topk_group: 2,
+  first_k_dense_replace: 1,
+  norm_topk_prob: true,
+  routed_scaling_factor: 2.5,
+};
+const GPT_OSS = {
+  ...COMMON,
+  model_type: 'gpt_oss',
+  hidden_size: 96,
+  intermediate_size: 64,
+  num_local_experts: 4,
+  num_experts_per_tok: 2,
+  sliding_window: 16,
+};
+const GRANITE = {
+  ...COMMON,
+  model_type: 'granitemoe',
+  hidden_size: 96,
+  intermediate_size: 64,
+  num_local_experts: 4,
+  num_experts_per_tok: 2,
+  residual_multiplier: 0.5,
+};
+const FP8_CONFIG = {
+  activation_scheme: 'dynamic',
+  fmt: 'e4m3',
+  quant_method: 'fp8',
+  weight_block_size: BLOCK,
+  modules_to_not_convert: ['lm_head'],
+};
+
+type Model = { config: Record<string, unknown> } & SyntheticOptions;
+
+/** Numbers of a tensor replaced by what is left of them. */
+const becomes =
+  (change: (numbers: Float32Array, size: Size) => Float32Array): SyntheticOptions['edit'] =>
+  (tensor, values) => {
+    if (!tensor.projection) return;
+    const changed = bf16Bytes(change(fromBf16(values), tensor.shape as Size));
+    values.set(new Uint16Array(changed.buffer));
+  };
+
+const fp8: Pick<Model, 'store'> = {
+  store: ({ name, shape, projection }, values) =>
+    projection && fp8Entries(name, fromBf16(values), shape as Size, BLOCK),
+};
+const likeFp8 = {
+  edit: becomes((numbers, size) => {
+    const { codes, scales } = encodeFp8(numbers, size, BLOCK);
+    return decodeFp8(codes, scales, size, BLOCK);
+  }),
+};
+const expertsLikeMxfp4: Pick<Model, 'edit'> = {
+  edit: (tensor, values) => {
+    if (tensor.role !== 'expert') return;
+    const round = becomes((numbers) => {
+      const { blocks, scales } = encodeMxfp4(numbers);
+      return decodeMxfp4(blocks, scales);
+    });
+    round!(tensor, values);
   },
 };
-const published = join(root, 'fp8');
-const twin = join(root, 'bf16');
-const EXPERT = 'model.layers.1.block_sparse_moe.experts.2.w2.weight';
 
-beforeAll(async () => {
-  await writeSynthetic(published, FP8, {
-    store: ({ name, shape, projection }, values) =>
-      projection && fp8Entries(name, fromBf16(values), shape as Size, BLOCK),
+/** Each as it is published, and a twin that holds the same numbers as plainer bf16. */
+const MODELS: Record<string, { dtype: string; published: () => Model; twin: () => Model }> = {
+  'mixtral in FP8': {
+    dtype: 'fp8',
+    published: () => ({ config: { ...MIXTRAL, quantization_config: FP8_CONFIG }, ...fp8 }),
+    twin: () => ({ config: MIXTRAL, ...likeFp8 }),
+  },
+  'deepseek_v3 in FP8': {
+    dtype: 'fp8',
+    published: () => ({ config: { ...DEEPSEEK, quantization_config: FP8_CONFIG }, ...fp8 }),
+    twin: () => ({ config: DEEPSEEK, ...likeFp8 }),
+  },
+  'gpt_oss in MXFP4': {
+    dtype: 'mxfp4',
+    published: () => ({
+      config: { ...GPT_OSS, quantization_config: { quant_method: 'mxfp4', modules_to_not_convert: [] } },
+      store: fuseExperts('mxfp4'),
+    }),
+    twin: () => ({ config: GPT_OSS, store: fuseExperts('bf16'), ...expertsLikeMxfp4 }),
+  },
+  'granitemoe with its experts in two tensors a layer': {
+    dtype: 'bfloat16',
+    published: () => ({ config: GRANITE, store: fuseExperts('bf16') }),
+    twin: () => ({ config: GRANITE }),
+  },
+};
+
+/** A whole matrix of each kind stays at 16 bit. */
+const OPTIONS: Omit<QuantizeOptions, 'output'> = {
+  bits: ({ role, expert, projection }) =>
+    projection === 'o' || (role === 'expert' && expert === 1 && projection !== 'up') ? 16 : 3,
+  calibration: randomIds(COMMON.vocab_size),
+};
+
+/** All but the report, which holds the source's name and fingerprint. */
+function written(dir: string): Record<string, string> {
+  const { 'eac_moe.json': _report, ...rest } = hashes(dir);
+  return rest;
+}
+
+describe.each(Object.entries(MODELS))('%s and its twin', (title, { dtype, ...models }) => {
+  const published = join(root, title);
+  const twin = join(root, `${title}-twin`);
+
+  beforeAll(async () => {
+    for (const [dir, make] of [
+      [published, models.published],
+      [twin, models.twin],
+    ] as const) {
+      const { config, ...options } = make();
+      await writeSynthetic(dir, config, options);
+    }
   });
-  const edit = ({ shape, projection }: RequiredTensor, values: Uint16Array) => {
-    if (!projection) return;
-    const { codes, scales } = encodeFp8(fromBf16(values), shape as Size, BLOCK);
-    const bytes = bf16Bytes(decodeFp8(codes, scales, shape as Size, BLOCK));
-    values.set(new Uint16Array(bytes.buffer));
-  };
-  await writeSynthetic(twin, CONFIG, { edit });
+
+  test('give the same logits and routing, bit for bit', async () => {
+    const [a, b] = [await MoeModel.load(published), await MoeModel.load(twin)];
+    const [ids] = randomIds(COMMON.vocab_size, 1, 40) as [Int32Array];
+    const [found, expected] = [
+      await a.forward(ids, { routing: true }),
+      await b.forward(ids, { routing: true }),
+    ];
+    expect(new Set(found.logits).size).toBeGreaterThan(1000);
+    expect(found).toEqual(expected);
+    a.dispose();
+    b.dispose();
+  });
+
+  test('have the same parameters; `inspect` names the format', async () => {
+    const [found, expected] = [await inspectModel(published), await inspectModel(twin)];
+    expect([found.dtype, expected.dtype]).toEqual([dtype, 'bfloat16']);
+    expect(found.quantization).toBeUndefined();
+    for (const key of ['parameters', 'activeParameters', 'sizes'] as const)
+      expect(found[key]).toEqual(expected[key]);
+  });
+
+  test('become the same quantized checkpoint, byte for byte', async () => {
+    const [a, b] = [`${published}-3bit`, `${twin}-3bit`];
+    await quantizeCheckpoint(published, { ...OPTIONS, output: a });
+    await quantizeCheckpoint(twin, { ...OPTIONS, output: b });
+    expect(written(a)).toEqual(written(b));
+    expect(readJson(join(a, 'config.json')).quantization_config).toMatchObject({ quant_method: 'gptq' });
+    const index = readJson(join(a, 'model.safetensors.index.json')).weight_map as Record<string, string>;
+    const names = Object.keys(index);
+    expect(names.filter((name) => /scale_inv|_blocks|_scales|proj$|linear/.test(name))).toEqual([]);
+    const left = names.find((name) => /1\..*experts\.1\.(down_proj|w2)\.weight$/.test(name))!;
+    const shard = openSafetensors(join(a, index[left]!));
+    expect(shard.info(left)).toMatchObject({ dtype: 'BF16' });
+    shard.dispose();
+    expect((await inspectModel(a)).dtype).toBe('bfloat16');
+    const model = await MoeModel.load(a);
+    expect((await model.forward([1, 2, 3])).logits.every(Number.isFinite)).toBe(true);
+    model.dispose();
+  });
+
+  test.each([
+    ['round to nearest', { method: 'rtn', router: false }],
+    ['gptq', {}],
+  ] as const)('a killed run continues (%s)', async (method, extra) => {
+    const [whole, killed] = [`${published}-${method}`, `${published}-killed-${method}`];
+    const options = { ...OPTIONS, ...extra };
+    await quantizeCheckpoint(published, { ...options, output: whole });
+    await expectRejection(startOnly(published, killed, options), 'ABORTED');
+    expect(readdirSync(killed)).toContain('model-00002-of-00003.safetensors');
+    await quantizeCheckpoint(published, { ...options, output: killed });
+    expect(hashes(killed)).toEqual(hashes(whole));
+  });
 });
+
+/** A run that is aborted in its second layer. */
+async function startOnly(source: string, output: string, options: Omit<QuantizeOptions, 'output'>) {
+  const { signal, abort } = stoppable();
+  const onProgress: QuantizeOptions['onProgress'] = ({ layer }) => layer === 1 && abort();
+  return quantizeCheckpoint(source, { ...options, output, signal, onProgress });
+}
+
+function stoppable(): { signal: AbortSignal; abort: () => void } {
+  const controller = new AbortController();
+  return { signal: controller.signal, abort: () => controller.abort() };
+}
+
+const published = join(root, 'mixtral in FP8');
+const EXPERT = 'model.layers.1.block_sparse_moe.experts.2.w2.weight';
 
 /** A copy of the FP8 model in which the shard that holds `name` is changed. */
 function changed(title: string, name: string, change: (shard: Buffer) => void): string {
@@ -82,88 +268,9 @@ function bytesOf(shard: Buffer, name: string): Buffer {
   return shard.subarray(8 + length + begin, 8 + length + end);
 }
 
-test('the same logits and routing, bit for bit', async () => {
-  const [a, b] = [await MoeModel.load(published), await MoeModel.load(twin)];
-  const [ids] = randomIds(CONFIG.vocab_size, 1, 40) as [Int32Array];
-  const [found, expected] = [
-    await a.forward(ids, { routing: true }),
-    await b.forward(ids, { routing: true }),
-  ];
-  expect(new Set(found.logits).size).toBeGreaterThan(1000);
-  expect(found).toEqual(expected);
-  a.dispose();
-  b.dispose();
-});
-
-test('inspect names the format and counts what the twin has', async () => {
-  const [found, expected] = [await inspectModel(published), await inspectModel(twin)];
-  expect([found.dtype, expected.dtype]).toEqual(['fp8', 'bfloat16']);
-  expect(found.quantization).toBeUndefined();
-  expect(found.bytes).toBeLessThan(0.75 * expected.bytes);
-  for (const key of ['parameters', 'activeParameters', 'sizes'] as const)
-    expect(found[key]).toEqual(expected[key]);
-});
-
-/** A whole matrix of each kind stays at 16 bit. */
-const OPTIONS: Omit<QuantizeOptions, 'output'> = {
-  bits: ({ role, expert, projection }) =>
-    projection === 'v' || (role === 'expert' && expert === 1 && projection !== 'up') ? 16 : 3,
-  calibration: randomIds(CONFIG.vocab_size),
-};
-
-/** All but the report, which holds the source's name and fingerprint. */
-function written(dir: string): Record<string, string> {
-  const { 'eac_moe.json': _report, ...rest } = hashes(dir);
-  return rest;
-}
-
-test('quantize writes what it writes for the twin, and no trace of FP8', async () => {
-  const [a, b] = [join(root, 'fp8-3bit'), join(root, 'bf16-3bit')];
-  await quantizeCheckpoint(published, { ...OPTIONS, output: a });
-  await quantizeCheckpoint(twin, { ...OPTIONS, output: b });
-  expect(written(a)).toEqual(written(b));
-  expect(readJson(join(a, 'config.json')).quantization_config).toMatchObject({ quant_method: 'gptq' });
-  const shard = openSafetensors(join(a, 'model-00002-of-00003.safetensors'));
-  const left = 'model.layers.0.block_sparse_moe.experts.1.w1.weight';
-  expect(shard.info(left)).toMatchObject({ dtype: 'BF16', shape: [160, 192] });
-  expect([...shard.tensors.keys()].filter((name) => name.includes('scale_inv'))).toEqual([]);
-  shard.dispose();
-  expect(inspectModel(a)).toMatchObject({ dtype: 'bfloat16', quantization: { matrices: { 3: 26, 16: 6 } } });
-  const model = await MoeModel.load(a);
-  expect((await model.forward([1, 2, 3])).logits.every(Number.isFinite)).toBe(true);
-  model.dispose();
-});
-
-test.each([
-  ['round to nearest', { method: 'rtn', router: false }],
-  ['gptq', {}],
-] as const)('a killed run continues (%s)', async (method, extra) => {
-  const [whole, killed] = [join(root, `whole-${method}`), join(root, `killed-${method}`)];
-  const options = { ...OPTIONS, ...extra };
-  await quantizeCheckpoint(published, { ...options, output: whole });
-  const controller = new AbortController();
-  const run = quantizeCheckpoint(published, {
-    ...options,
-    output: killed,
-    signal: controller.signal,
-    onProgress: ({ layer }) => layer === 1 && controller.abort(),
-  });
-  await expectRejection(run, 'ABORTED');
-  expect(readdirSync(killed)).toContain('model-00002-of-00003.safetensors');
-  await quantizeCheckpoint(published, { ...options, output: killed });
-  expect(hashes(killed)).toEqual(hashes(whole));
-});
-
 test('another scale is another source', async () => {
   const output = join(root, 'unfinished');
-  const controller = new AbortController();
-  const first = quantizeCheckpoint(published, {
-    ...OPTIONS,
-    output,
-    signal: controller.signal,
-    onProgress: ({ layer }) => layer === 1 && controller.abort(),
-  });
-  await expectRejection(first, 'ABORTED');
+  await expectRejection(startOnly(published, output, OPTIONS), 'ABORTED');
   const scale = `${EXPERT}_scale_inv`;
   const other = changed('other-scale', scale, (shard) => bytesOf(shard, scale).writeFloatLE(0.01, 4));
   await expectRejection(quantizeCheckpoint(other, { ...OPTIONS, output }), 'OUTPUT', 'another source');
