@@ -20,6 +20,12 @@ export type ErrorCode =
   | 'CALIBRATION'
   /** The output directory holds something else, or the disk is full. */
   | 'OUTPUT'
+  /** The hub has no such repository or revision, or no weights in it that can be read. */
+  | 'HUB_NOT_FOUND'
+  /** The hub's repository is private or gated, and the token, if there is one, does not open it. */
+  | 'HUB_DENIED'
+  /** No connection to the hub, a broken one, or offline mode and a model that is not in the cache. */
+  | 'HUB_UNAVAILABLE'
   /** A Hessian could not be factored. */
   | 'NOT_POSITIVE_DEFINITE'
   | 'OUT_OF_MEMORY'

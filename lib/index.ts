@@ -14,6 +14,7 @@ export {
 export type { GenerateOptions, GenerateResult } from './model/generate';
 export type { ExpertPolicy, ExpertSelection } from './model/policy';
 export type { ChatMessage, DecodeOptions, EncodeOptions, Tokenizer, TokenStream } from './model/tokenizer';
+export { downloadModel, type DownloadOptions, type DownloadProgress } from './hub';
 export { quantizeCheckpoint, quantizeMoE } from './quantize';
 export { calibrationSequences, type CalibrationRequest } from './quantize/calibration';
 export { inspectModel, type InspectOptions, type ModelInfo, type ModelSize } from './quantize/inspect';

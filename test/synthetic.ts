@@ -5,7 +5,7 @@ import { describe as describeModel } from '../lib/architecture';
 import { requiredTensors, type RequiredTensor } from '../lib/architecture/tensors';
 import { normaliseConfig } from '../lib/checkpoint/config';
 import { writeJson } from '../lib/checkpoint/files';
-import { writeSafetensors } from '../lib/checkpoint/safetensors';
+import { writeSafetensors, type TensorEntry } from '../lib/checkpoint/safetensors';
 import { seededRandom } from '../lib/model/random';
 
 /** A small qwen2_moe: 2 layers, 8 experts of which 2 are chosen, a shared expert. */
@@ -68,13 +68,15 @@ export interface SyntheticOptions {
   ring?: number;
   /** Changes a tensor's bf16 numbers in place before they are written. */
   edit?: (tensor: RequiredTensor, values: Uint16Array) => void;
+  /** How a tensor is stored, if not as it is: gives the entries of the file. */
+  store?: (tensor: RequiredTensor, values: Uint16Array) => TensorEntry[] | undefined;
 }
 
 /** Writes config.json, an index, and one shard a layer. Holds one tensor at a time. */
 export async function writeSynthetic(
   dir: string,
   config: Record<string, unknown>,
-  { seed = 0, ring: size = 2 ** 16, edit }: SyntheticOptions = {},
+  { seed = 0, ring: size = 2 ** 16, edit, store }: SyntheticOptions = {},
 ): Promise<void> {
   mkdirSync(dir, { recursive: true });
   const tensors = requiredTensors(describeModel(normaliseConfig(config)));
@@ -87,16 +89,16 @@ export async function writeSynthetic(
     const file = `model-${number(i + 1)}-of-${number(layers.length)}.safetensors`;
     const entries = tensors
       .filter((t) => t.layer === layer)
-      .map((tensor) => ({
-        name: tensor.name,
-        dtype: 'BF16',
-        shape: tensor.shape,
-        data: () => {
-          const values = fill(tensor, places.get(tensor)!, ring);
-          edit?.(tensor, values);
-          return new Uint8Array(values.buffer);
-        },
-      }));
+      .flatMap((tensor): TensorEntry[] => {
+        const values = () => {
+          const numbers = fill(tensor, places.get(tensor)!, ring);
+          edit?.(tensor, numbers);
+          return numbers;
+        };
+        const data = () => new Uint8Array(values().buffer);
+        const plain = { name: tensor.name, dtype: 'BF16', shape: tensor.shape, data };
+        return (store && store(tensor, values())) ?? [plain];
+      });
     const { names } = await writeSafetensors(join(dir, file), entries);
     for (const name of names) map[name] = file;
   }

@@ -72,6 +72,13 @@ export interface MappedFile {
   dispose(): void;
 }
 
+/** Rows from, from + step, ... of a matrix. */
+export interface RowRange {
+  from: number;
+  step: number;
+  rows: number;
+}
+
 export interface QuantOptions {
   bits: number;
   groupSize: number;
@@ -308,6 +315,22 @@ export interface NativeBinding {
   gatherRows(x: Tensor, indices: Int32Array, out: Tensor): Promise<void>;
   /** One pass over a float tensor: the index of the first element that is NaN or infinite, or -1, and a 64-bit hash of the contents. */
   scanTensor(tensor: Tensor, control?: Control): Promise<{ nonFinite: number; hash: string }>;
+
+  /**
+   * Rows from, from + step, ... of a matrix of any dtype, or of its transpose, copied: m [a, b] -> [rows, b], or [rows, a] where transposed
+   * (native/kernels/convert/convert.h).
+   */
+  copyPart(m: Tensor, part: RowRange & { transposed: boolean }, control?: Control): Promise<Tensor>;
+  /**
+   * FP8 weights (e4m3): codes u8 [rows, cols], scales f32, f16 or bf16, one a block of `block` [rows, cols] -> bf16 [rows, cols]. NON_FINITE
+   * for a NaN code or a scale that is not finite, with its place.
+   */
+  decodeFp8(codes: Tensor, scales: Tensor, block: [number, number], control?: Control): Promise<Tensor>;
+  /**
+   * MXFP4 weights: rows from, from + step, ... of blocks u8 [a, 16 g], 32 codes each, with scales u8 [a, g] -> bf16 [rows, 32 g]. NON_FINITE
+   * for a scale of 255 (NaN), with its place.
+   */
+  decodeMxfp4(blocks: Tensor, scales: Tensor, part: RowRange, control?: Control): Promise<Tensor>;
 
   quantizeRtn(
     w: Tensor,

@@ -3,6 +3,7 @@ import { WEIGHT_DTYPES } from '../checkpoint/dtypes';
 import type { ModelConfig } from '../checkpoint/config';
 import { moduleOf, quantizationOf, quantizedTensors, type Quantization } from '../checkpoint/quantized';
 import { EacMoeError } from '../errors';
+import { biasOf, storageOf, weightOf, type Wanted } from './storage';
 import type { Architecture, AttentionSpec, GluSpec, LayerSpec, LinearSpec, NormSpec } from './types';
 
 export type TensorRole =
@@ -31,30 +32,33 @@ export type Projection =
   | 'up'
   | 'down';
 
-export interface RequiredTensor {
-  name: string;
-  shape: number[];
+/** One logical tensor; `storageOf` tells how a checkpoint holds it. */
+export interface RequiredTensor extends Wanted {
   role: TensorRole;
   layer?: number;
-  /** Routed experts only. */
+  /** Of routed experts, their biases too. */
   expert?: number;
   /** Matrices of attention, experts, shared experts and dense layers: those that may be quantized. */
   projection?: Projection;
 }
 
-type Place = Omit<RequiredTensor, 'name' | 'shape'>;
+type Place = Omit<RequiredTensor, keyof Wanted>;
 
 function linearTensors(spec: LinearSpec, place: Place): RequiredTensor[] {
-  const weight = { name: spec.weight, shape: [spec.out, spec.in], ...place };
-  if (!spec.bias) return [weight];
+  const bias = biasOf(spec);
+  const { layer, expert } = place;
   return [
-    weight,
-    {
-      name: spec.bias,
-      shape: [spec.out],
-      role: 'bias',
-      ...(place.layer === undefined ? {} : { layer: place.layer }),
-    },
+    { ...weightOf(spec), ...place },
+    ...(bias
+      ? [
+          {
+            ...bias,
+            role: 'bias' as const,
+            ...(layer === undefined ? {} : { layer }),
+            ...(expert === undefined ? {} : { expert }),
+          },
+        ]
+      : []),
   ];
 }
 
@@ -155,6 +159,16 @@ export interface TensorSource {
 /** Buffers that old exports carry along: recomputed, never read. */
 const IGNORED = [/\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$/, /\.attn\.(masked_)?bias$/];
 
+/** Layers that predict tokens further ahead (multi-token prediction), behind those of the model: nothing else uses them. */
+function isPredictionLayer(name: string, { config }: TensorSource, layers: number): boolean {
+  if (/^(model\.)?mtp\./.test(name)) return true;
+  const layer = Number(/^model\.layers\.(\d+)\./.exec(name)?.[1] ?? -1);
+  const extra = ['num_nextn_predict_layers', 'num_mtp_modules'].map((key) =>
+    config.nonNegativeInteger(key, 0),
+  );
+  return layer >= layers && layer < layers + Math.max(...extra);
+}
+
 const where = ({ role, layer, expert }: RequiredTensor): string =>
   [layer === undefined ? '' : `layer ${layer}, `, expert === undefined ? role : `expert ${expert}`].join('');
 
@@ -187,10 +201,22 @@ class TensorCheck {
 
   required(need: RequiredTensor): void {
     const module = moduleOf(need.name);
-    if (!need.projection || !this.source.has(`${module}.qweight`)) {
-      this.stored(need.name, WEIGHT_DTYPES, need.shape, need);
-      return;
+    if (need.projection && this.source.has(`${module}.qweight`)) this.quantized(need, module);
+    else this.unquantized(need);
+  }
+
+  /** Under its own name, as floats or FP8, or in a tensor of several experts, as floats or MXFP4. */
+  unquantized(need: RequiredTensor): void {
+    const storage = storageOf(this.source, need);
+    if (!storage) {
+      const fused = need.fused && `, and so is '${need.fused.tensor}', which could hold it`;
+      return this.fail(`tensor '${need.name}' (${where(need)}) is missing${fused ?? ''}`);
     }
+    if (storage.kind === 'fp8' && !need.projection) this.stored(need.name, WEIGHT_DTYPES, need.shape, need);
+    for (const { name, dtypes, shape } of storage.tensors) this.stored(name, dtypes, shape, need);
+  }
+
+  quantized(need: RequiredTensor, module: string): void {
     if (this.source.has(need.name))
       this.fail(`holds both '${need.name}' and '${module}.qweight'; one of them is stale`);
     const q = this.quantization?.of(module);
@@ -206,8 +232,9 @@ class TensorCheck {
 }
 
 /**
- * Checks a checkpoint against an architecture before any of it is used: every tensor is there, with its shape and a float dtype (or as
- * the four tensors of a quantized module), and none is left over. Fails with INVALID_TENSOR, naming the first that is wrong.
+ * Checks a checkpoint against an architecture before any of it is used: every tensor is there in a form that can be read (see storage.ts,
+ * or the four tensors of a quantized module), with its shape and dtype, and none is left over but known extras. Fails with INVALID_TENSOR,
+ * naming the first that is wrong.
  */
 export function checkTensors(architecture: Architecture, source: TensorSource): void {
   const check = new TensorCheck(source, quantizationOf(source.config));
@@ -220,7 +247,8 @@ export function checkTensors(architecture: Architecture, source: TensorSource): 
       (name) =>
         !check.used.has(name) &&
         !(tied && name === 'lm_head.weight') &&
-        !IGNORED.some((pattern) => pattern.test(name)),
+        !IGNORED.some((pattern) => pattern.test(name)) &&
+        !isPredictionLayer(name, source, architecture.layers.length),
     );
   if (spare.length > 0) {
     const others = spare.length > 1 ? ` (and ${spare.length - 1} more)` : '';

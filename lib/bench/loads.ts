@@ -3,10 +3,11 @@ import { existsSync } from 'node:fs';
 import { readFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { EacMoeError } from '../errors';
+import { isHubReference } from '../hub';
 import { MoeModel } from '../model/model';
 
 export interface LoadSource {
-  /** Model directory. */
+  /** Model directory, or `hf:<owner>/<name>[@revision]`. */
   model: string;
   /** Text files. */
   texts: string[];
@@ -32,9 +33,9 @@ export async function measureLoads(
   { model: path, texts }: LoadSource,
   signal?: AbortSignal,
 ): Promise<Float64Array[]> {
-  const missing = [path, ...texts].find((file) => !existsSync(file));
+  const missing = [path, ...texts].find((file) => !isHubReference(file) && !existsSync(file));
   if (missing) {
-    const cure = 'expert loads are measured with --model <dir> on --text <file...>';
+    const cure = 'expert loads are measured with --model <model> on --text <file...>';
     throw new EacMoeError('FILE_NOT_FOUND', `${missing} does not exist: ${cure}`);
   }
   using model = await MoeModel.load(path, { signal });

@@ -15,7 +15,8 @@ export function markdownReport(reports: readonly BenchReport[]): string {
 export function mergeReports(reports: readonly BenchReport[]): BenchReport[] {
   const merged = new Map<string, BenchReport>();
   for (const report of reports) {
-    const key = JSON.stringify([report.version, report.cpu, report.isa, report.settings]);
+    // However long each case took.
+    const key = JSON.stringify([report.version, report.cpu, report.isa, { ...report.settings, seconds: 0 }]);
     const first = merged.get(key);
     merged.set(key, first ? join(first, report) : report);
   }

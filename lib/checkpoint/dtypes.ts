@@ -34,6 +34,8 @@ const NATIVE: ReadonlyMap<string, DType> = new Map([
   ['F64', 'f64'],
   ['I32', 'i32'],
   ['U8', 'u8'],
+  // Codes, to be decoded. Behind U8: a u8 tensor is written as U8.
+  ['F8_E4M3', 'u8'],
 ]);
 
 export const KNOWN_DTYPES: readonly string[] = [...FILE_BITS.keys()];

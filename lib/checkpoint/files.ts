@@ -76,7 +76,8 @@ export function assertDirectory(dir: string): void {
     throw new EacMoeError('FILE_NOT_FOUND', `${dir}: expected the directory of a model, found a file`);
 }
 
-function outputError(path: string, bytes: number, cause: unknown): EacMoeError {
+/** What the file system said while `path`, a file of `bytes` bytes, was written. */
+export function outputError(path: string, bytes: number, cause: unknown): EacMoeError {
   const code = errnoOf(cause);
   if (code === 'ENOSPC' || code === 'EDQUOT') {
     return new EacMoeError('OUTPUT', `${path}: the disk is full; the file needs ${bytes} bytes`, { cause });
@@ -145,7 +146,7 @@ export function isTemporaryFile(name: string): boolean {
 }
 
 /** Files beside the weights that a compressed copy of a model carries along unchanged. */
-const COMPANIONS = [
+export const COMPANIONS: readonly string[] = [
   'tokenizer.json',
   'tokenizer_config.json',
   'special_tokens_map.json',

@@ -15,6 +15,7 @@ import { native } from '../native';
 import { FieldReader, type ModelConfig } from './config';
 import { compileOverrides, type ModuleQuantization, type Override } from './dynamic';
 import { describeValue } from './files';
+import { publishedFormat, quantizationFields } from './published';
 import type { Checkpoint } from './source';
 import type { TensorEntry } from './writer';
 import { convertZeros, type GptqVersion } from './zeros';
@@ -58,7 +59,7 @@ function formatVersion(fields: FieldReader): GptqVersion {
   if (method !== 'gptq') {
     throw unsupported(
       where,
-      `this checkpoint is already quantized with ${describeValue(method || undefined)}, only GPTQ can be read`,
+      `this checkpoint is already quantized with ${describeValue(method || undefined)}, only GPTQ, and FP8 and MXFP4 as published, can be read`,
     );
   }
   const format = fields.string('checkpoint_format', 'gptq');
@@ -92,10 +93,13 @@ function readModule(fields: FieldReader, base?: ModuleQuantization): ModuleQuant
   return { bits, groupSize: group, symmetric };
 }
 
-/** The quantization of a checkpoint, or null for a full-precision one. Fails for formats that cannot be read, saying which it is. */
+/**
+ * The quantization of a checkpoint, or null for a full model, be it published as floats, FP8 or MXFP4. Fails for formats that cannot be
+ * read, saying which it is.
+ */
 export function quantizationOf(config: ModelConfig): Quantization | null {
-  const fields = config.object('quantization_config') ?? config.object('compression_config');
-  if (!fields) return null;
+  const fields = quantizationFields(config);
+  if (!fields || publishedFormat(config)) return null;
   const version = formatVersion(fields);
   const base = readModule(fields);
   const overrides: Override[] = [];

@@ -10,7 +10,7 @@ import { normaliseConfig, type ModelConfig } from './config';
 import { assertDirectory, describeValue, parseJsonObject, readBytes, readJsonObject, sha256 } from './files';
 import { openSafetensors, type SafetensorsFile, type TensorInfo } from './safetensors';
 
-const SINGLE = 'model.safetensors';
+export const SINGLE = 'model.safetensors';
 /** Lists the shards' tensors. */
 export const INDEX = 'model.safetensors.index.json';
 /** Options, versions and errors of the run of quantize that wrote a directory. */
@@ -21,7 +21,7 @@ function sameShape(a: readonly number[], b: readonly number[]): boolean {
 }
 
 /** The weight map of an index file: tensor name to shard name. */
-function readIndex(dir: string): Map<string, string> {
+export function readIndex(dir: string): Map<string, string> {
   const path = join(dir, INDEX);
   const map = readJsonObject(path).weight_map;
   if (typeof map !== 'object' || map === null || Array.isArray(map)) {

@@ -50,7 +50,7 @@ export function benchCommand(): Command {
     .option('--activations <type>', 'int8 or float32', oneOf('int8', 'float32'), 'int8')
     .option('--seconds <s>', 'time for each case', positiveNumber, 1)
     .option('--pesf', 'the same as --kernel pesf')
-    .option('--model <dir>', 'of the expert loads of pesf (default: the bundled model)')
+    .option('--model <model>', 'of the expert loads of pesf (default: the bundled model)')
     .option('--text <file...>', 'texts that they are measured on (default: those of the repository)')
     .option(
       '--cycle <MiB>',
@@ -69,7 +69,7 @@ export function benchCommand(): Command {
     );
 }
 
-function run(o: Options, { signal, progress }: Context): Promise<BenchReport> {
+function run(o: Options, { signal, onProgress }: Context): Promise<BenchReport> {
   const asked = [...(o.kernel ?? []), ...(o.pesf ? ['pesf'] : [])];
   const { model, texts } = bundledSource();
   return runBench({
@@ -78,7 +78,7 @@ function run(o: Options, { signal, progress }: Context): Promise<BenchReport> {
     kernels: asked.includes('all') ? Object.keys(KERNELS) : asked.length > 0 ? asked : ['experts'],
     cycleBytes: o.cycle && o.cycle * 2 ** 20,
     loads: { model: o.model ?? model, texts: o.text ?? texts },
-    onProgress: ({ fraction, message }) => progress.update(fraction, message),
+    onProgress,
     signal,
   });
 }

@@ -9,7 +9,12 @@ export const EXIT = { success: 0, failure: 1, usage: 2, interrupted: 130 } as co
 export interface Context {
   signal: AbortSignal;
   progress: ProgressDisplay;
+  /** Shows what the library reports. */
+  onProgress: (progress: { fraction: number; message: string }) => void;
 }
+
+/** The argument that names a model. */
+export const MODEL = 'model directory, or hf:<owner>/<name>[@revision] of the Hugging Face hub';
 
 export interface CommonOptions {
   json?: boolean;
@@ -32,7 +37,8 @@ export async function perform<T>(
   process.on('SIGINT', interrupt);
   const progress = progressDisplay(process.stderr);
   try {
-    const result = await work({ signal: controller.signal, progress });
+    const onProgress: Context['onProgress'] = ({ fraction, message }) => progress.update(fraction, message);
+    const result = await work({ signal: controller.signal, progress, onProgress });
     progress.end();
     if (options.json) process.stdout.write(`${JSON.stringify(result, null, 2)}\n`);
     else print(result);

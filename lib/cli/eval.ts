@@ -4,6 +4,7 @@ import { EacMoeError, evaluate, MoeModel, pruneExperts, type Activations, type E
 import {
   alpha,
   megabytes,
+  MODEL,
   newCommand,
   number,
   oneOf,
@@ -34,7 +35,7 @@ const seqLen = number('an integer of 2 or more', (n) => Number.isSafeInteger(n) 
 
 export function evalCommand(): Command {
   const command = newCommand('eval', 'perplexity, KL divergence, expert shift, multiple choice')
-    .argument('<model>', 'model directory')
+    .argument('<model>', MODEL)
     .option('--text <file>', 'text for the perplexity')
     .option('--choices <file>', 'multiple-choice rows { context, choices, answer }, JSON lines')
     .option('--reference <model>', 'original model: KL divergence and expert shift on the text')
@@ -53,7 +54,7 @@ export function evalCommand(): Command {
   );
 }
 
-async function run(path: string, o: Options, { signal, progress }: Context): Promise<Evaluation> {
+async function run(path: string, o: Options, { signal, onProgress }: Context): Promise<Evaluation> {
   if (!o.text && !o.choices) {
     throw new EacMoeError('INVALID_ARGUMENT', 'nothing to evaluate: give --text, --choices, or both');
   }
@@ -63,8 +64,8 @@ async function run(path: string, o: Options, { signal, progress }: Context): Pro
   const text = o.text === undefined ? undefined : await readText(o.text);
   const choices = o.choices === undefined ? undefined : await readChoices(o.choices);
   const { device, threads } = o;
-  using model = await MoeModel.load(path, { device, threads, signal });
-  using reference = o.reference ? await MoeModel.load(o.reference, { signal }) : undefined;
+  using model = await MoeModel.load(path, { device, threads, onProgress, signal });
+  using reference = o.reference ? await MoeModel.load(o.reference, { onProgress, signal }) : undefined;
   using pruned = o.prune === undefined ? undefined : pruneExperts(model, { alpha: o.prune });
   return await evaluate(pruned ?? model, {
     perplexity: text,
@@ -74,7 +75,7 @@ async function run(path: string, o: Options, { signal, progress }: Context): Pro
     seqLen: o.seqLen,
     maxTokens: o.maxTokens,
     activations: o.activations,
-    onProgress: ({ fraction, message }) => progress.update(fraction, message),
+    onProgress,
     signal,
   });
 }

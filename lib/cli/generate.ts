@@ -10,6 +10,7 @@ import {
 } from '../index';
 import {
   alpha,
+  MODEL,
   newCommand,
   number,
   oneOf,
@@ -50,7 +51,7 @@ const collect = (text: string, texts: string[] = []) => [...texts, text];
 
 export function generateCommand(): Command {
   const command = newCommand('generate', 'continue a prompt')
-    .argument('<model>', 'model directory')
+    .argument('<model>', MODEL)
     .requiredOption('-p, --prompt <text>', 'what to continue')
     .option('-n, --max-new-tokens <n>', 'tokens to generate at most', positiveInteger, 64)
     .option('--prune <alpha>', 'prune experts with PESF during prefill, alpha in (0, 1]', alpha)
@@ -81,9 +82,11 @@ export function generateCommand(): Command {
   );
 }
 
-async function run(path: string, o: Options, { signal }: Context): Promise<Result> {
+async function run(path: string, o: Options, { signal, progress, onProgress }: Context): Promise<Result> {
   const { device, threads, activations, headBits } = o;
-  using loaded = await MoeModel.load(path, { device, threads, activations, headBits, signal });
+  const load = { device, threads, activations, headBits, onProgress, signal };
+  using loaded = await MoeModel.load(path, load);
+  progress.end();
   using pruned = o.prune === undefined ? undefined : pruneExperts(loaded, { alpha: o.prune });
   const { maxNewTokens, temperature, topK, topP, seed, stop, chat } = o;
   const options = { maxNewTokens, temperature, topK, topP, seed, stop, chat, signal };

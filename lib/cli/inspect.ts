@@ -1,16 +1,16 @@
 /** `eac-moe inspect`: what a model is. */
 import type { Command } from 'commander';
 import { inspectModel, type ModelInfo } from '../index';
-import { megabytes, newCommand, perform, printFields, type CommonOptions } from './command';
+import { megabytes, MODEL, newCommand, perform, printFields, type CommonOptions } from './command';
 
 export function inspectCommand(): Command {
   return newCommand(
     'inspect',
     'what a model is: family, layers, experts, parameters, sizes at each bit width',
   )
-    .argument('<model>', 'model directory')
+    .argument('<model>', MODEL)
     .action((path: string, options: CommonOptions) =>
-      perform(options, () => Promise.resolve().then(() => inspectModel(path)), print),
+      perform(options, ({ onProgress, signal }) => inspectModel(path, { onProgress, signal }), print),
     );
 }
 

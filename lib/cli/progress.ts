@@ -3,7 +3,7 @@ import { SingleBar } from 'cli-progress';
 import type { WriteStream } from 'node:tty';
 
 export interface ProgressDisplay {
-  /** `fraction` from 0 to 1. */
+  /** `fraction` from 0 to 1; when it falls, another job begins. */
   update(fraction: number, message: string): void;
   end(): void;
 }
@@ -33,10 +33,12 @@ function clock(): () => number {
 function bar(stream: WriteStream): ProgressDisplay {
   let shown: SingleBar | undefined;
   let elapsed = clock();
+  let last = 0;
   return {
     update(fraction, message) {
+      if (!shown || fraction < last) elapsed = clock();
+      last = fraction;
       if (!shown) {
-        elapsed = clock();
         const format = '{bar} {percentage} % | {left} | {message}';
         shown = new SingleBar({
           format,
@@ -63,7 +65,7 @@ function lines(stream: WriteStream): ProgressDisplay {
   let [last, lastMessage, lastTime] = [-1, '', 0];
   return {
     update(fraction, message) {
-      const begins = last < 0;
+      const begins = last < 0 || fraction < last;
       if (begins) elapsed = clock();
       const seconds = elapsed();
       const news = message !== lastMessage && seconds - lastTime >= LINE_SECONDS;

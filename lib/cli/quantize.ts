@@ -9,6 +9,7 @@ import {
 } from '../index';
 import {
   megabytes,
+  MODEL,
   newCommand,
   number,
   oneOf,
@@ -56,7 +57,7 @@ const collect = (file: string, files: string[] = []) => [...files, file];
 
 export function quantizeCommand(): Command {
   const command = newCommand('quantize', 'compress a model with QESC')
-    .argument('<model>', 'model directory, full precision')
+    .argument('<model>', `${MODEL}; full precision`)
     .requiredOption('-o, --output <dir>', 'directory to write')
     .option(
       '--bits <bits>',
@@ -128,7 +129,7 @@ async function calibrationOf(files: string[] | undefined): Promise<CalibrationSo
   return (await Promise.all(files.map(readTexts))).flat();
 }
 
-async function quantize(path: string, o: Options, { signal, progress }: Context): Promise<QuantizeReport> {
+async function quantize(path: string, o: Options, { signal, onProgress }: Context): Promise<QuantizeReport> {
   if (o.routerK !== undefined && o.router !== 'topk-mse') {
     throw new EacMoeError(
       'INVALID_ARGUMENT',
@@ -155,7 +156,7 @@ async function quantize(path: string, o: Options, { signal, progress }: Context)
     seed: o.seed,
     threads: o.threads,
     device: o.device,
-    onProgress: ({ fraction, message }) => progress.update(fraction, message),
+    onProgress,
     signal,
   };
   return quantizeCheckpoint(path, options);

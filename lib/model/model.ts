@@ -5,6 +5,7 @@ import { checkTensors } from '../architecture/tensors';
 import { quantizationOf } from '../checkpoint/quantized';
 import { Checkpoint } from '../checkpoint/source';
 import { EacMoeError } from '../errors';
+import { localModel, type DownloadProgress } from '../hub';
 import { native, withSignal } from '../native';
 import { Decoder } from './decoder';
 import { generate, type GenerateOptions } from './generate';
@@ -28,6 +29,8 @@ export interface LoadOptions {
    * vocabulary makes the head a large part of what each decoded token reads.
    */
   headBits?: 4 | 16;
+  /** While a model of the hub is downloaded. */
+  onProgress?: (progress: DownloadProgress) => void;
   signal?: AbortSignal;
 }
 
@@ -98,18 +101,20 @@ export class MoeModel {
   }
 
   /**
-   * Opens a model directory in Hugging Face's layout, full-precision or quantized by this library. Weights are memory-mapped; those of
-   * a quantized model are repacked into memory.
+   * Opens a model directory in Hugging Face's layout, full-precision or quantized by this library, or a model of the hub,
+   * `hf:<owner>/<name>[@revision]` (see `downloadModel`). Weights are memory-mapped; those of a quantized model are repacked into memory.
    *
-   * @throws EacMoeError FILE_NOT_FOUND, INVALID_CHECKPOINT, INVALID_TENSOR or UNSUPPORTED_MODEL, naming the file or tensor
+   * @throws EacMoeError FILE_NOT_FOUND, INVALID_CHECKPOINT, INVALID_TENSOR or UNSUPPORTED_MODEL, naming the file or tensor; for models of
+   * the hub also those of `downloadModel`
    */
-  static async load(path: string, options: LoadOptions = {}): Promise<MoeModel> {
+  static async load(model: string, options: LoadOptions = {}): Promise<MoeModel> {
     setDevice(options);
     const activations = checkActivations(options.activations ?? 'int8');
     const { headBits = 16 } = options;
     if (headBits !== 4 && headBits !== 16) {
       throw new EacMoeError('INVALID_ARGUMENT', `headBits must be 4 or 16; found ${String(headBits)}`);
     }
+    const path = await localModel(model, options);
     const checkpoint = Checkpoint.open(path);
     try {
       const architecture = describe(checkpoint.config);

@@ -1,13 +1,15 @@
 /** QESC: compresses a Mixture-of-Experts checkpoint layer by layer (EAC-MoE section 4). */
-import { join } from 'node:path';
-import type { Control } from '../../types/native';
+import { basename, join, resolve } from 'node:path';
+import type { Control, Tensor } from '../../types/native';
 import { describe, type Architecture } from '../architecture';
-import { checkTensors, layerTensors, requiredTensors } from '../architecture/tensors';
+import { readStored, storageOf, storedNames } from '../architecture/storage';
+import { checkTensors, layerTensors, requiredTensors, type RequiredTensor } from '../architecture/tensors';
 import { sha256 } from '../checkpoint/files';
 import { quantizationOf } from '../checkpoint/quantized';
 import { openSafetensors } from '../checkpoint/safetensors';
 import { Checkpoint } from '../checkpoint/source';
 import { EacMoeError } from '../errors';
+import { isHubReference, localModel } from '../hub';
 import { MoeModel, setDevice } from '../model/model';
 import { ProgramBuilder } from '../model/program';
 import { CheckpointWeights, layerMatrices } from '../model/weights';
@@ -29,14 +31,16 @@ import { makeRecipe, needsCalibration, recipeJson, type Recipe } from './recipe'
 import { makeBatches } from './runner';
 
 /**
- * Compresses the model in directory `source` (Hugging Face layout, full precision) into `options.output`, and loads the result.
+ * Compresses the model `source`, a directory in Hugging Face's layout or `hf:<owner>/<name>[@revision]` (floats, or FP8 or MXFP4 as
+ * published), into `options.output`, and loads the result.
  *
- * Memory is bounded by one layer, its Hessians and the hidden states of the calibration tokens (4 f32 values a token and hidden
- * channel), then by the compressed model. Calibration `self` runs the whole source model first, and so maps all of it. The result
+ * Memory is bounded by one layer (at 16 bit, where the source has fewer), its Hessians and the hidden states of the calibration tokens (4
+ * f32 values a token and hidden channel), then by the compressed model. Calibration `self` runs the whole source model first, and so maps
+ * all of it, or holds it decoded. The result
  * depends on the source, the options and the seed, not on threads; a killed run continues when it is called again.
  *
  * @throws EacMoeError: INVALID_ARGUMENT for options out of range, FILE_NOT_FOUND, INVALID_CHECKPOINT, INVALID_TENSOR, NON_FINITE or
- * UNSUPPORTED_MODEL for the source, CALIBRATION, TOKENIZER, OUTPUT for the directory or a full disk, ABORTED
+ * UNSUPPORTED_MODEL for the source (from the hub also those of `downloadModel`), CALIBRATION, TOKENIZER, OUTPUT for the directory or a full disk, ABORTED
  */
 export async function quantizeMoE(
   source: string,
@@ -53,7 +57,7 @@ export async function quantizeCheckpoint(source: string, options: QuantizeOption
   if (typeof options.output !== 'string' || options.output === '') {
     throw new EacMoeError('INVALID_ARGUMENT', 'output must be the directory to write');
   }
-  const checkpoint = Checkpoint.open(source);
+  const checkpoint = Checkpoint.open(await localModel(source, options));
   let report: QuantizeReport;
   try {
     const quantization = quantizationOf(checkpoint.config);
@@ -67,8 +71,9 @@ export async function quantizeCheckpoint(source: string, options: QuantizeOption
     const architecture = describe(checkpoint.config);
     checkTensors(architecture, checkpoint);
     const recipe = makeRecipe(architecture, options);
+    const name = isHubReference(source) ? source : basename(resolve(source));
     report = await withSignal(options.signal, (control) =>
-      new Quantizer(checkpoint, architecture, recipe, options, control).run(),
+      new Quantizer(name, checkpoint, architecture, recipe, options, control).run(),
     );
   } finally {
     checkpoint.dispose();
@@ -85,6 +90,7 @@ class Quantizer {
   readonly #weights: CheckpointWeights;
 
   constructor(
+    private readonly sourceName: string,
     private readonly checkpoint: Checkpoint,
     private readonly architecture: Architecture,
     private readonly recipe: Recipe,
@@ -104,6 +110,7 @@ class Quantizer {
       calibration: !needsCalibration(recipe) ? 'none' : given ? calibrationHash(given) : 'self',
       resume: options.resume ?? true,
       bytes: size.bytes,
+      weights: this.#weights,
     });
     const sequences = await this.#sequences(output, given);
     const streams = sequences.length > 0 ? await this.#embed(sequences) : null;
@@ -115,7 +122,7 @@ class Quantizer {
     };
     const { averageBits, averageBitsWithOverhead } = size;
     this.#progress('write', 0.99, 'finishing');
-    const bytes = await output.finish({
+    const bytes = await output.finish(this.sourceName, {
       averageBits,
       averageBitsWithOverhead,
       calibrationTokens: calibration,
@@ -175,22 +182,43 @@ class Quantizer {
   async #checkWeights(): Promise<string> {
     const tensors = requiredTensors(this.architecture);
     const hashes = [this.checkpoint.fingerprint()];
-    for (const [i, { name }] of tensors.entries()) {
-      const { nonFinite, hash } = await native().scanTensor(this.checkpoint.tensor(name), this.control);
-      this.checkpoint.release([name]);
-      if (nonFinite >= 0) {
-        const { file, shape } = this.checkpoint.info(name);
-        const index =
-          shape.length === 2 ? [Math.floor(nonFinite / shape[1]!), nonFinite % shape[1]!] : [nonFinite];
-        throw new EacMoeError(
-          'NON_FINITE',
-          `${file}: tensor '${name}' holds NaN or infinity at [${index.join(', ')}]; the checkpoint is damaged`,
-        );
+    const seen = new Set<string>();
+    for (const [i, need] of tensors.entries()) {
+      const storage = storageOf(this.checkpoint, need)!;
+      const names = storage.tensors.map((t) => t.name);
+      const floats = storage.kind === 'plain' || storage.kind === 'fused';
+      // A tensor of all experts is scanned whole, and once; codes by what they stand for.
+      if (!floats) {
+        const decoded = await readStored(this.checkpoint, need, storage, this.control);
+        hashes.push(await this.#scan(decoded, names[0]!, need));
+      } else if (!seen.has(names[0]!)) {
+        hashes.push(await this.#scan(this.checkpoint.tensor(names[0]!), names[0]!));
+        seen.add(names[0]!);
       }
-      hashes.push(hash);
+      this.checkpoint.release(names);
       if (i % 64 === 0) this.#progress('check', (CHECK * i) / tensors.length, 'checking weights');
     }
     return sha256(hashes);
+  }
+
+  /** Hashes a tensor of the file, or what was decoded from it, and disposes it. */
+  async #scan(tensor: Tensor, name: string, decoded?: RequiredTensor): Promise<string> {
+    const { nonFinite, hash } = await native().scanTensor(tensor, this.control);
+    const { shape } = tensor;
+    tensor.dispose();
+    if (nonFinite < 0) return hash;
+    let rest = nonFinite;
+    const index = shape.map((_, d) => {
+      const size = shape.slice(d + 1).reduce((a, b) => a * b, 1);
+      const at = Math.floor(rest / size);
+      rest %= size;
+      return at;
+    });
+    const of = decoded && decoded.name !== name ? ` of '${decoded.name}'` : '';
+    throw new EacMoeError(
+      'NON_FINITE',
+      `${this.checkpoint.info(name).file}: tensor '${name}' holds NaN or infinity at [${index.join(', ')}]${of}; the checkpoint is damaged`,
+    );
   }
 
   /** Both streams start with the embeddings. */
@@ -234,7 +262,9 @@ class Quantizer {
         control: this.control,
         onProgress: (part, what) => this.#layerProgress(index, part, what),
       };
-      if (index < reports.length) {
+      const done = index < reports.length;
+      if (!done || streams) await this.#prepare(job);
+      if (done) {
         if (streams) await this.#replay(job, streams, output);
       } else {
         const result: LayerResult = streams ? await quantizeLayer(job, streams) : await roundLayer(job);
@@ -242,9 +272,16 @@ class Quantizer {
         for (const matrix of result.matrices.values()) matrix.dispose();
         reports.push({ ...result.report, seconds: (performance.now() - begun) / 1000 });
       }
-      this.checkpoint.release(layerTensors(spec, index).map((t) => t.name));
+      this.#weights.release(layerMatrices(spec));
+      this.checkpoint.release(storedNames(this.checkpoint, layerTensors(spec, index)));
     }
     return reports;
+  }
+
+  /** Decodes what the source does not hold as floats, an expert a tensor. */
+  async #prepare(job: LayerJob): Promise<void> {
+    this.#layerProgress(job.index, 0, 'reading');
+    await this.#weights.prepare(layerMatrices(job.spec), this.options.signal);
   }
 
   /** A layer that an earlier run finished: read it back and move the streams through it. */

@@ -1,8 +1,10 @@
 /** What a model directory holds, and what it would weigh compressed. Reads configuration and headers, no weights. */
-import { describe } from '../architecture';
+import { describe, type Architecture } from '../architecture';
+import { storageOf } from '../architecture/storage';
 import { checkTensors, requiredTensors } from '../architecture/tensors';
 import { moduleOf, quantizationOf } from '../checkpoint/quantized';
 import { Checkpoint } from '../checkpoint/source';
+import { withModelHeaders, type DownloadOptions } from '../hub';
 import { estimateSize, makePlan, type Plan, type PlanOptions } from './plan';
 
 export interface ModelSize {
@@ -16,6 +18,7 @@ export interface ModelSize {
 }
 
 export interface ModelInfo {
+  /** As it was asked for. */
   path: string;
   /** `model_type` of config.json. */
   family: string;
@@ -32,7 +35,7 @@ export interface ModelInfo {
   parameters: number;
   /** What one token uses. */
   activeParameters: number;
-  /** Of the weights that are not quantized, as config.json has it. */
+  /** Of the weights that are not quantized: `fp8` or `mxfp4` where matrices are published so, else as config.json has it. */
   dtype: string;
   /** Size of the weight files. */
   bytes: number;
@@ -49,13 +52,31 @@ export interface ModelInfo {
 }
 
 /** How `sizes` are estimated; the defaults are those of `quantizeMoE`. */
-export type InspectOptions = Omit<PlanOptions, 'bits'>;
+export type InspectOptions = Omit<PlanOptions, 'bits'> & DownloadOptions;
 
 const BITS = [2, 2.5, 3, 4] as const;
 
-/** @throws EacMoeError FILE_NOT_FOUND, INVALID_CHECKPOINT, INVALID_TENSOR or UNSUPPORTED_MODEL, naming the file or tensor */
-export function inspectModel(path: string, options: InspectOptions = {}): ModelInfo {
-  const checkpoint = Checkpoint.open(path);
+/** The first matrix that is stored below 16 bit without being quantized says it of all. */
+function publishedDtype(architecture: Architecture, checkpoint: Checkpoint): 'fp8' | 'mxfp4' | undefined {
+  for (const tensor of requiredTensors(architecture)) {
+    const kind = storageOf(checkpoint, tensor)?.kind;
+    if (kind === 'fp8' || kind === 'mxfp4') return kind;
+  }
+  return undefined;
+}
+
+/**
+ * Describes a model directory, or `hf:<owner>/<name>[@revision]`, of whose weights only the headers are downloaded.
+ *
+ * @throws EacMoeError FILE_NOT_FOUND, INVALID_CHECKPOINT, INVALID_TENSOR or UNSUPPORTED_MODEL, naming the file or tensor; for models of
+ * the hub also those of `downloadModel`
+ */
+export function inspectModel(path: string, options: InspectOptions = {}): Promise<ModelInfo> {
+  return withModelHeaders(path, options, (directory) => ({ path, ...describeModel(directory, options) }));
+}
+
+function describeModel(directory: string, options: InspectOptions): Omit<ModelInfo, 'path'> {
+  const checkpoint = Checkpoint.open(directory);
   try {
     const { config } = checkpoint;
     const architecture = describe(config);
@@ -66,8 +87,7 @@ export function inspectModel(path: string, options: InspectOptions = {}): ModelI
       ...estimateSize(architecture, makePlan(architecture, { ...options, bits })),
     }));
     const { parameters, activeParameters, bytesAt16Bit } = sizes[0]!;
-    const info: ModelInfo = {
-      path,
+    const info: Omit<ModelInfo, 'path'> = {
       family: architecture.modelType,
       layers: architecture.layers.length,
       moeLayers: moe.length,
@@ -79,7 +99,7 @@ export function inspectModel(path: string, options: InspectOptions = {}): ModelI
       maxPositions: architecture.maxPositions,
       parameters,
       activeParameters,
-      dtype: config.dtype,
+      dtype: publishedDtype(architecture, checkpoint) ?? config.dtype,
       bytes: checkpoint.byteLength,
       sizes: [
         { bits: 16, bytes: bytesAt16Bit, averageBits: 16, averageBitsWithOverhead: 16 },

@@ -22,7 +22,8 @@ export interface RouterCalibrationSettings {
   ridge?: number;
 }
 
-export type Stage = 'check' | 'sample' | 'calibrate' | 'write';
+/** `download`: of a source on the hub; its `fraction` is of that alone. */
+export type Stage = 'download' | 'check' | 'sample' | 'calibrate' | 'write';
 
 export interface Progress {
   stage: Stage;

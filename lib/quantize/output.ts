@@ -7,10 +7,11 @@
  */
 import { existsSync } from 'node:fs';
 import { readdir, rm } from 'node:fs/promises';
-import { basename, join, resolve } from 'node:path';
+import { join, resolve } from 'node:path';
 import type { Matrix, Tensor } from '../../types/native';
 import type { Architecture } from '../architecture/types';
-import { requiredTensors } from '../architecture/tensors';
+import { storageOf } from '../architecture/storage';
+import { requiredTensors, type RequiredTensor } from '../architecture/tensors';
 import {
   checkSpace,
   copyCompanionFiles,
@@ -24,6 +25,7 @@ import { moduleOf, quantizationConfig, quantizedEntries } from '../checkpoint/qu
 import { openSafetensors, writeSafetensors, type TensorEntry } from '../checkpoint/safetensors';
 import { INDEX, REPORT, UNFINISHED, type Checkpoint } from '../checkpoint/source';
 import { EacMoeError } from '../errors';
+import type { CheckpointWeights } from '../model/weights';
 import { native } from '../native';
 import type { LayerReport } from './options';
 import { planModules } from './plan';
@@ -50,6 +52,7 @@ export class QuantizedOutput {
   /** Reports of the layers already written. */
   readonly layers: SavedLayer[];
   readonly #source: Checkpoint;
+  readonly #weights: CheckpointWeights;
   readonly #architecture: Architecture;
   readonly #recipe: Recipe;
   readonly #job: Job;
@@ -57,6 +60,7 @@ export class QuantizedOutput {
   private constructor(
     dir: string,
     source: Checkpoint,
+    weights: CheckpointWeights,
     architecture: Architecture,
     recipe: Recipe,
     job: Job,
@@ -64,6 +68,7 @@ export class QuantizedOutput {
   ) {
     this.dir = dir;
     this.#source = source;
+    this.#weights = weights;
     this.#architecture = architecture;
     this.#recipe = recipe;
     this.#job = job;
@@ -71,7 +76,8 @@ export class QuantizedOutput {
   }
 
   /**
-   * Prepares the directory, or finds the unfinished run in it. `bytes`: about how much will be written.
+   * Prepares the directory, or finds the unfinished run in it. `bytes`: about how much will be written. `weights`: those of the source,
+   * which must be prepared for a layer when that is written.
    *
    * @throws EacMoeError OUTPUT when the directory holds something else, the run of another job, or too little space
    */
@@ -80,7 +86,13 @@ export class QuantizedOutput {
     source: Checkpoint,
     architecture: Architecture,
     recipe: Recipe,
-    options: { fingerprint: string; calibration: string; resume: boolean; bytes: number },
+    options: {
+      fingerprint: string;
+      calibration: string;
+      resume: boolean;
+      bytes: number;
+      weights: CheckpointWeights;
+    },
   ): Promise<QuantizedOutput> {
     const dir = resolve(path);
     const job: Job = {
@@ -94,7 +106,7 @@ export class QuantizedOutput {
     await checkSpace(dir, options.bytes * missing);
     await makeDirectory(dir);
     removeTemporaryFiles(dir);
-    const output = new QuantizedOutput(dir, source, architecture, recipe, job, layers);
+    const output = new QuantizedOutput(dir, source, options.weights, architecture, recipe, job, layers);
     if (layers.length === 0) await output.#save();
     return output;
   }
@@ -133,14 +145,14 @@ export class QuantizedOutput {
   }
 
   /** Writes what belongs to no layer, the index, the tokenizer's files, the report and at last config.json. Returns the bytes of the weights. */
-  async finish(summary: Record<string, unknown>): Promise<number> {
+  async finish(sourceName: string, summary: Record<string, unknown>): Promise<number> {
     await this.#writeShard(-1, new Map());
     const bytes = await this.#writeIndex();
     await copyCompanionFiles(this.#source.dir, this.dir);
     const { version: by, source, recipe, calibration } = this.#job;
     await writeJson(join(this.dir, REPORT), {
       version: by,
-      source: { name: basename(resolve(this.#source.dir)), fingerprint: source },
+      source: { name: sourceName, fingerprint: source },
       options: recipe,
       calibration,
       ...summary,
@@ -165,13 +177,28 @@ export class QuantizedOutput {
   /** `layer` -1: what belongs to no layer. What `matrices` lacks comes from the source. */
   async #writeShard(layer: number, matrices: ReadonlyMap<string, Matrix>): Promise<void> {
     const entries: (TensorEntry & { data: Tensor })[] = [];
-    for (const { name } of requiredTensors(this.#architecture).filter((t) => (t.layer ?? -1) === layer)) {
-      const matrix = matrices.get(name);
-      if (matrix && 'bits' in matrix) entries.push(...(await quantizedEntries(moduleOf(name), matrix)));
-      else entries.push({ name, data: matrix ?? this.#source.tensor(name) });
+    for (const need of requiredTensors(this.#architecture).filter((t) => (t.layer ?? -1) === layer)) {
+      const matrix = matrices.get(need.name);
+      if (matrix && 'bits' in matrix) entries.push(...(await quantizedEntries(moduleOf(need.name), matrix)));
+      else if (matrix) entries.push({ name: need.name, data: matrix });
+      else {
+        const name = this.#outputName(need);
+        if (name === need.name) entries.push({ name, data: this.#weights.read(need) });
+        else if (!entries.some((e) => e.name === name))
+          entries.push({ name, data: this.#source.tensor(name) });
+      }
     }
     await writeSafetensors(join(this.dir, this.shard(layer)), entries);
     for (const { data } of entries) data.dispose();
+  }
+
+  /**
+   * What is not quantized goes out as floats under its logical name. Only biases that lie in one tensor for all experts stay there: that is
+   * the name by which other programs know them, and reading accepts both.
+   */
+  #outputName(need: RequiredTensor): string {
+    const storage = need.role === 'bias' ? storageOf(this.#source, need) : null;
+    return storage?.kind === 'fused' ? storage.part.tensor : need.name;
   }
 
   async #writeIndex(): Promise<number> {

@@ -88,6 +88,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   ProgramHandle::define(env, exports);
   FrameHandle::define(env, exports);
   define_kernels(env, exports);
+  define_convert(env, exports);
   define_bench(env, exports);
   const auto add = [&](const char* name, Napi::Value (*f)(Info)) { exports[name] = Napi::Function::New(env, f, name); };
   add("info", exported<info_object>);

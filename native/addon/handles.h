@@ -174,6 +174,7 @@ inline double number_from(const Napi::Object& o, const char* key) {
 inline bool bool_from(const Napi::Object& o, const char* key) { return o.Get(key).ToBoolean().Value(); }
 
 void define_kernels(Napi::Env env, Napi::Object exports);
+void define_convert(Napi::Env env, Napi::Object exports);
 void define_bench(Napi::Env env, Napi::Object exports);
 std::shared_ptr<Program> program_from(const Napi::Value& registers, const Napi::Value& ops);
 

@@ -7,6 +7,7 @@ import {
   type GroupedAttentionSpec,
   type MoeSpec,
 } from '../../lib/architecture';
+import type { LinearSpec } from '../../lib/architecture/types';
 import { checkTensors, requiredTensors, type TensorSource } from '../../lib/architecture/tensors';
 import { normaliseConfig } from '../../lib/checkpoint/config';
 import { Checkpoint } from '../../lib/checkpoint/source';
@@ -401,6 +402,170 @@ describe('the tensors of a checkpoint', () => {
     expect(
       requiredTensors(model({ ...small, tie_word_embeddings: true })).some((t) => t.role === 'head'),
     ).toBe(false);
+  });
+
+  /** The same model with its experts in two tensors a layer, as Granite has them; gate and up lie one after the other. */
+  function fuseExperts(architecture: Architecture): Architecture {
+    const layers = architecture.layers.map((layer, l) => {
+      const f = layer.feedForward;
+      if (f.kind === 'dense') return layer;
+      const fuse = (spec: LinearSpec, expert: number, tensor: string, parts: number, part: number) => {
+        const shape = [f.experts.length, parts * spec.out, spec.in];
+        const from = part * spec.out;
+        const weight = {
+          tensor: `model.layers.${l}.${tensor}`,
+          shape,
+          expert,
+          from,
+          step: 1,
+          transposed: false,
+        };
+        const bias = { ...weight, tensor: `${weight.tensor}_bias`, shape: shape.slice(0, 2) };
+        return { ...spec, fused: { weight, bias } };
+      };
+      const experts = f.experts.map(({ gate, up, down }, e) => ({
+        gate: fuse(gate, e, 'input_linear', 2, 0),
+        up: fuse(up, e, 'input_linear', 2, 1),
+        down: fuse(down, e, 'output_linear', 1, 0),
+      }));
+      return { ...layer, feedForward: { ...f, experts } };
+    });
+    return { ...architecture, layers };
+  }
+
+  /** What a checkpoint of fused experts holds. */
+  function fusedPaper(change: Parameters<typeof paper>[1] = () => {}): [Architecture, TensorSource] {
+    const architecture = fuseExperts(model(small));
+    const source = paper(small, (tensors) => {
+      for (const { name, fused } of requiredTensors(architecture)) {
+        if (!fused) continue;
+        tensors.delete(name);
+        tensors.set(fused.tensor, { dtype: 'BF16', shape: fused.shape });
+      }
+      change(tensors);
+    });
+    return [architecture, source];
+  }
+  const [IN, OUT] = ['model.layers.1.input_linear', 'model.layers.1.output_linear'];
+
+  test('experts in one tensor: one entry a matrix and bias, counted once', () => {
+    const plain = requiredTensors(model(small));
+    const [architecture] = fusedPaper();
+    const fused = requiredTensors(architecture);
+    expect(fused.filter((t) => t.role !== 'bias').map((t) => [t.name, t.shape])).toEqual(
+      plain.filter((t) => t.role !== 'bias').map((t) => [t.name, t.shape]),
+    );
+    expect(fused.find((t) => t.name === 'model.layers.1.mlp.experts.2.up_proj.bias')).toEqual({
+      name: 'model.layers.1.mlp.experts.2.up_proj.bias',
+      shape: [32],
+      role: 'bias',
+      layer: 1,
+      expert: 2,
+      fused: { tensor: `${IN}_bias`, shape: [4, 64], expert: 2, from: 32, step: 1, transposed: false },
+    });
+  });
+
+  test('experts in one tensor, as floats or MXFP4: what is missing or wrong, by name', () => {
+    const check = (change: Parameters<typeof paper>[1]): void => checkTensors(...fusedPaper(change));
+    const fails = (change: Parameters<typeof paper>[1], ...texts: string[]) =>
+      expectError(() => check(change), 'INVALID_TENSOR', 'the-model', ...texts);
+    check(undefined);
+    const logical = 'model.layers.1.mlp.experts.0.gate_proj.weight';
+    const missing = `'${logical}' (layer 1, expert 0) is missing, and so is '${IN}'`;
+    fails((t) => t.delete(IN), missing);
+    fails((t) => t.delete(`${OUT}_bias`), 'down_proj.bias', `'${OUT}_bias'`);
+    fails((t) => t.set(IN, { dtype: 'U8', shape: [4, 64, 32] }), `'${IN}'`, 'dtype U8');
+    fails((t) => t.set(IN, { dtype: 'BF16', shape: [4, 32, 64] }), `'${IN}'`, 'expected [4, 64, 32]');
+    fails((t) => t.set('model.layers.1.other', { dtype: 'BF16', shape: [4] }), 'model.layers.1.other');
+
+    const mxfp4 = (change: Parameters<typeof paper>[1]) => (t: Parameters<NonNullable<typeof change>>[0]) => {
+      for (const [name, rows] of [
+        [IN, 64],
+        [OUT, 32],
+      ] as const) {
+        t.delete(name);
+        t.set(`${name}_blocks`, { dtype: 'U8', shape: [4, rows, 1, 16] });
+        t.set(`${name}_scales`, { dtype: 'U8', shape: [4, rows, 1] });
+      }
+      change?.(t);
+    };
+    check(mxfp4(undefined));
+    fails(
+      mxfp4((t) => t.delete(`${IN}_blocks`)),
+      missing,
+    );
+    fails(
+      mxfp4((t) => t.delete(`${OUT}_scales`)),
+      `'${OUT}_scales' (layer 1, expert 0) is missing`,
+    );
+    fails(
+      mxfp4((t) => t.set(`${OUT}_scales`, { dtype: 'U8', shape: [4, 32, 2] })),
+      'expected [4, 32, 1]',
+    );
+    fails(
+      mxfp4((t) => t.set(`${OUT}_blocks`, { dtype: 'F32', shape: [4, 32, 1, 16] })),
+      'dtype F32',
+      'U8',
+    );
+    // Both forms at once: one of them is stale.
+    fails(
+      mxfp4((t) => t.set(IN, { dtype: 'BF16', shape: [4, 64, 32] })),
+      `'${IN}_blocks'`,
+      '1 more',
+    );
+  });
+
+  test('FP8: matrices only, with their scales', () => {
+    const raw = { ...small, quantization_config: { quant_method: 'fp8', weight_block_size: [16, 32] } };
+    const name = 'model.layers.1.mlp.experts.3.down_proj.weight';
+    const fp8 = (change: Parameters<typeof paper>[1] = () => {}) =>
+      checkTensors(
+        model(raw),
+        paper(raw, (tensors) => {
+          for (const t of requiredTensors(model(raw))) {
+            if (!t.projection) continue;
+            const [out, inputs] = t.shape as [number, number];
+            tensors.set(t.name, { dtype: 'F8_E4M3', shape: t.shape });
+            const shape = [Math.ceil(out / 16), Math.ceil(inputs / 32)];
+            tensors.set(`${t.name}_scale_inv`, { dtype: 'F32', shape });
+          }
+          change(tensors);
+        }),
+      );
+    fp8();
+    const fails = (change: Parameters<typeof paper>[1], ...texts: string[]) =>
+      expectError(() => fp8(change), 'INVALID_TENSOR', 'the-model', ...texts);
+    fails((t) => t.delete(name), `'${name}' (layer 1, expert 3) is missing`);
+    fails((t) => t.delete(`${name}_scale_inv`), `'${name}_scale_inv' (layer 1, expert 3) is missing`);
+    fails((t) => t.set(`${name}_scale_inv`, { dtype: 'F32', shape: [1, 1] }), 'expected [2, 1]');
+    // Not converted: a matrix of floats has no scales.
+    fails(
+      (t) => t.set(name, { dtype: 'BF16', shape: [32, 32] }),
+      `'${name}_scale_inv'`,
+      'belongs to no part',
+    );
+    for (const other of ['model.layers.1.mlp.gate.weight', 'lm_head.weight', 'model.norm.weight'])
+      fails((t) => t.set(other, { ...t.get(other)!, dtype: 'F8_E4M3' }), other, 'F8_E4M3', 'BF16');
+  });
+
+  test('layers for multi-token prediction are known extras, as many as config.json says', () => {
+    const check = (name: string, extra: Record<string, unknown>) => {
+      const raw = { ...small, ...extra };
+      checkTensors(
+        model(raw),
+        paper(raw, (t) => t.set(name, { dtype: 'BF16', shape: [1] })),
+      );
+    };
+    const two = 'model.layers.2.mlp.experts.0.up_proj.weight';
+    check(two, { num_nextn_predict_layers: 1 });
+    check('model.layers.4.eh_proj.weight', { num_mtp_modules: 3 });
+    check('mtp.layers.0.norm.weight', {});
+    for (const [name, extra] of [
+      [two, {}],
+      ['model.layers.3.eh_proj.weight', { num_nextn_predict_layers: 1 }],
+      ['model.layers.1.mlp.experts.4.up_proj.weight', { num_nextn_predict_layers: 1 }],
+    ] as const)
+      expectError(() => check(name, extra), 'INVALID_TENSOR', name, 'belongs to no part');
   });
 
   test('missing, misshapen, of the wrong dtype, left over: by name', () => {

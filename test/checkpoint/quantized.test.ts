@@ -107,7 +107,7 @@ describe('quantization_config', () => {
     const gptq = { quant_method: 'gptq', checkpoint_format: 'gptq_v2', bits: 4, group_size: 128 };
     const cases: [object, ...string[]][] = [
       [{ quant_method: 'awq', bits: 4 }, 'awq', 'original'],
-      [{ quant_method: 'fp8' }, 'fp8'],
+      [{ quant_method: 'bitnet' }, 'bitnet'],
       [{ load_in_4bit: true }, 'bitsandbytes'],
       [{ quant_method: 'compressed-tensors' }, 'compressed-tensors'],
       [{ bits: 4 }, 'nothing'],

@@ -151,8 +151,8 @@ describe('reading', () => {
     // Misaligned in the file: copied.
     expect([...file.tensor('half').toBytes()]).toEqual([19, 20, 21, 22]);
     expect([...file.bytes('f8')]).toEqual([16, 17, 18]);
-    expectError(() => file.tensor('f8'), 'INVALID_TENSOR', path, "'f8'", 'F8_E4M3', 'BF16');
-    expectError(() => file.tensor('long'), 'INVALID_TENSOR', "'long'", 'I64');
+    expect([...file.tensor('f8').toArray()]).toEqual([16, 17, 18]);
+    expectError(() => file.tensor('long'), 'INVALID_TENSOR', path, "'long'", 'I64', 'BF16');
     expectError(() => file.tensor('nope'), 'INVALID_TENSOR', "'nope'");
     file.release(file.tensors.keys());
     const survivor = file.tensor('__proto__x');

@@ -34,6 +34,13 @@ test('plain lines where there is no terminal: the first, each tenth, the last', 
   expect(lines.length).toBeLessThanOrEqual(12);
 });
 
+test('a fraction that falls is the next job', () => {
+  const { target, text } = stream(false);
+  const display = progressDisplay(target);
+  for (const message of ['downloading', 'working']) for (const f of [0, 1]) display.update(f, message);
+  expect(text()).toBe('  0 % downloading\n100 % downloading\n  0 % working\n100 % working\n');
+});
+
 test('a bar on a terminal', () => {
   const { target, text } = stream(true);
   const display = progressDisplay(target);

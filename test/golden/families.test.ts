@@ -2,12 +2,13 @@
  * Every supported family against Hugging Face transformers in float32: logits, hidden states after each layer, what the routers say,
  * and greedy continuation, however the tokens are fed.
  */
+import { cpSync, existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { SUPPORTED_MODEL_TYPES } from '../../lib/architecture';
 import { openSafetensors } from '../../lib/checkpoint/safetensors';
 import { MoeModel } from '../../lib/model/model';
 import type { KvCache, Tensor } from '../../types/native';
-import { describeWith, shared } from '../checkpoint/helpers';
+import { describeWith, scratch, shared } from '../checkpoint/helpers';
 
 /** Largest difference of the logits, relative to their standard deviation. */
 const TOLERANCE = 2e-4;
@@ -261,6 +262,28 @@ for (const family of SUPPORTED_MODEL_TYPES) {
       golden = readGolden(dir, router!.out);
     });
     afterAll(() => model.dispose());
+
+    const copy = scratch();
+    test('an expert under another name is missed by its own', async () => {
+      cpSync(dir, copy, { recursive: true });
+      const file = readdirSync(copy).find((name) => /^model.*safetensors$/.test(name))!;
+      const bytes = readFileSync(join(copy, file));
+      const header = bytes.subarray(8, 8 + Number(bytes.readBigUInt64LE(0)));
+      const tensor = /"([^"]*(experts\.\d|experts\.down_proj|output_linear)[^"]*)"/.exec(
+        header.toString('latin1'),
+      )![1]!;
+      const renamed = header.toString('latin1').replace(`"${tensor}"`, `"${tensor.slice(0, -1)}X"`);
+      header.write(renamed, 'latin1');
+      writeFileSync(join(copy, file), bytes);
+      const index = join(copy, 'model.safetensors.index.json');
+      if (existsSync(index)) {
+        writeFileSync(index, readFileSync(index, 'utf8').replace(`"${tensor}"`, `"${tensor.slice(0, -1)}X"`));
+      }
+      await expect(MoeModel.load(copy)).rejects.toMatchObject({
+        code: 'INVALID_TENSOR',
+        message: expect.stringContaining(tensor) as string,
+      });
+    });
 
     test.each(WAYS)('%s', async (_, pieces) => {
       for (const [r, ids] of golden.ids.entries())

@@ -8,6 +8,8 @@ import { writeSafetensors } from '../../lib/checkpoint/safetensors';
 import { writeJson } from '../../lib/checkpoint/files';
 import { Checkpoint } from '../../lib/checkpoint/source';
 import { MoeModel } from '../../lib/model/model';
+import { native } from '../../lib/native';
+import { pruneExperts } from '../../lib/prune/pesf';
 import { quantizeMoE } from '../../lib/quantize';
 import type { Progress, QuantizeOptions, QuantizeReport } from '../../lib/quantize/options';
 import type { QuantMatrix, Tensor } from '../../types/native';
@@ -330,7 +332,27 @@ for (const family of SUPPORTED_MODEL_TYPES) {
       const moe = original.architecture.layers.map((l) => l.feedForward.kind === 'moe');
       expect(report.layers.map((l) => l.router !== undefined)).toEqual(moe);
       for (const [i, { errors }] of report.layers.entries()) expect('expert' in errors).toBe(moe[i]);
-      for (const m of [model, original]) m.dispose();
+
+      const { vocabSize: width } = original.architecture;
+      const matrix = (values: Float32Array) =>
+        native().fromArray(values, 'f32', [values.length / width, width]);
+      const kl = await native().klDivergence(matrix(await logitsOf(original, probe)), matrix(logits));
+      expect(kl.every((value) => Number.isFinite(value) && value >= 0)).toBe(true);
+      expect(Math.max(...kl)).toBeGreaterThan(0);
+
+      // PESF: what it prunes are the experts that the router chose least, and nothing else changes.
+      const pruned = pruneExperts(model, { alpha: 0.9 });
+      const { routing, logits: after } = await pruned.forward(probe, { routing: true });
+      expect(after.every(Number.isFinite)).toBe(true);
+      const first = (await model.forward(probe, { routing: true })).routing![0]!;
+      const chosen = new Array<number>(first.experts).fill(0);
+      for (const e of first.indices) chosen[e]!++;
+      const threshold = (0.9 * probe.length * first.topK) / first.experts;
+      expect(chosen.some((count) => count < threshold)).toBe(true);
+      expect([...routing![0]!.indices]).toEqual(
+        [...first.indices].map((e) => (chosen[e]! < threshold ? -1 : e)),
+      );
+      for (const m of [pruned, model, original]) m.dispose();
     });
   });
 }

@@ -114,12 +114,11 @@ function squaredError(type: BlockTypeName, bits: number, scale: number, zero: nu
 export interface Loss {
   /** Sum of squared weights. */
   energy: number;
-  weights: number;
   /** Sum of squared errors, by candidate; Infinity where rows are not whole blocks. */
   errors: number[];
 }
 
-export const noLoss = (): Loss => ({ energy: 0, weights: 0, errors: CANDIDATES.map(() => 0) });
+export const noLoss = (): Loss => ({ energy: 0, errors: CANDIDATES.map(() => 0) });
 
 /** Adds to `loss` what each candidate makes of rows [begin, end). */
 export function addLoss(m: Codes, begin: number, end: number, loss: Loss): void {
@@ -134,7 +133,6 @@ export function addLoss(m: Codes, begin: number, end: number, loss: Loss): void 
       addGroup(m, m.scales[row * groups + g]!, m.zeros[row * groups + g]!, counts, loss);
     }
   }
-  loss.weights += (end - begin) * m.cols;
 }
 
 function addGroup(m: Codes, scale: number, zero: number, counts: Uint32Array, loss: Loss): void {

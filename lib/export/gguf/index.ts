@@ -32,7 +32,7 @@ export async function exportGguf(job: ExportJob): Promise<Result> {
   const choices = new Map<TensorPlan, Choice>();
   for (const plan of plans) {
     if ('matrices' in plan.from)
-      choices.set(plan, await reader.choose(plan.from.matrices, matrixShape(plan), options.maxLoss ?? 0));
+      choices.set(plan, await reader.choose(plan.from.matrices, options.maxLoss ?? 0));
   }
   const tensors = plans.map((plan) => tensorOf(plan, choices.get(plan), reader));
   await checkSpace(output, ggufBytes(metadata, tensors));
@@ -41,8 +41,6 @@ export async function exportGguf(job: ExportJob): Promise<Result> {
   return { bytes, types: typesOf(plans, tensors, choices), notes: family.note ? [family.note] : [] };
 }
 
-const matrixShape = ({ shape }: TensorPlan): [number, number] => [shape[1]!, shape[0]!];
-
 const size = (shape: readonly number[]): number => shape.reduce((a, b) => a * b, 1);
 
 /** Reads everything twice: to choose types, which the file begins with, and to write. */
@@ -50,8 +48,8 @@ function progressReader(job: ExportJob, plans: TensorPlan[]): MatrixReader {
   const total = plans.reduce((sum, p) => sum + ('matrices' in p.from ? size(p.shape) : 0), 0);
   const quantized = [...job.modules.values()].reduce((sum, m) => sum + m.out * m.in, 0);
   let done = 0;
-  return new MatrixReader(job, (weight, weights) => {
-    done += weights;
+  return new MatrixReader(job, ({ weight, out, in: inputs }) => {
+    done += out * inputs;
     const message = done <= quantized ? `measuring ${weight}` : `writing ${weight}`;
     job.options.onProgress?.({ fraction: Math.min(1, done / (total + quantized)), message });
   });
@@ -60,15 +58,15 @@ function progressReader(job: ExportJob, plans: TensorPlan[]): MatrixReader {
 function tensorOf(plan: TensorPlan, choice: Choice | undefined, reader: MatrixReader): GgufTensor {
   const { name, shape, from, rows } = plan;
   const type = choice?.type ?? 'F32';
-  if ('matrices' in from)
-    return { name, type, shape, data: () => reader.bytes(from.matrices, matrixShape(plan), type, rows) };
+  if ('matrices' in from) return { name, type, shape, data: () => reader.bytes(from.matrices, type, rows) };
+  if ('biases' in from) return { name, type, shape, data: () => reader.biases(from.biases, rows) };
   if ('numbers' in from) return { name, type, shape, data: () => [f32Bytes(from.numbers)] };
   return {
     name,
     type,
     shape,
     data: async function* () {
-      yield await reader.values(from.values, rows);
+      yield await reader.values(from.values);
     },
   };
 }

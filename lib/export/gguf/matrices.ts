@@ -1,8 +1,10 @@
 /** Matrices of a checkpoint on their way into a GGUF file: which type holds them, and their bytes in it. */
 import { setImmediate as nextTurn } from 'node:timers/promises';
 import type { QuantMatrix, Tensor } from '../../../types/native';
-import { moduleOf, QUANTIZED_PARTS, readMatrix } from '../../checkpoint/quantized';
-import { abortError, native } from '../../native';
+import type { LinearSpec } from '../../architecture';
+import { moduleOf } from '../../checkpoint/quantized';
+import { CheckpointWeights } from '../../model/weights';
+import { native } from '../../native';
 import type { ExportJob } from '../job';
 import { addLoss, CANDIDATES, encodeRow, noLoss, type BlockTypeName, type Codes, type Loss } from './blocks';
 import { GGML_TYPES, type GgmlTypeName } from './writer';
@@ -12,10 +14,9 @@ const TURN = 2 ** 20;
 
 export interface Choice {
   type: GgmlTypeName;
-  /** Squared errors and weights, summed. */
+  /** Squared errors and squared weights, summed. */
   error: number;
   energy: number;
-  weights: number;
 }
 
 const DENSE: ReadonlyMap<string, 'F32' | 'F16' | 'BF16'> = new Map([
@@ -44,28 +45,25 @@ async function codesOf(matrix: QuantMatrix): Promise<Codes> {
 }
 
 export class MatrixReader {
+  readonly #weights: CheckpointWeights;
+
   constructor(
     private readonly job: ExportJob,
-    private readonly onRead: (weight: string, bytes: number) => void,
-  ) {}
+    private readonly onRead: (spec: LinearSpec) => void,
+  ) {
+    this.#weights = new CheckpointWeights(job.checkpoint, job.quantization);
+  }
 
-  /** Calls `use` with a matrix [out, in]: its codes where it is stored quantized, else the tensor. */
-  async #with<T>(
-    weight: string,
-    shape: [number, number],
-    use: (matrix: Codes | Tensor) => Promise<T>,
-  ): Promise<T> {
-    const { checkpoint, quantization, options } = this.job;
-    if (options.signal?.aborted) throw abortError(options.signal);
-    const module = moduleOf(weight);
-    const names = checkpoint.has(weight) ? [weight] : QUANTIZED_PARTS.map((part) => `${module}.${part}`);
-    const matrix = await readMatrix(checkpoint, weight, ...shape, quantization);
+  /** Calls `use` with a matrix: its codes where it is stored quantized, else the tensor. */
+  async #with<T>(spec: LinearSpec, use: (matrix: Codes | Tensor) => Promise<T>): Promise<T> {
+    await this.#weights.prepare([spec], this.job.options.signal);
+    const matrix = this.#weights.matrix(spec);
     try {
       return await use('bits' in matrix ? await codesOf(matrix) : matrix);
     } finally {
-      matrix.dispose();
-      checkpoint.release(names);
-      this.onRead(weight, shape[0] * shape[1]);
+      this.#weights.release([spec]);
+      this.job.checkpoint.release([spec.weight]);
+      this.onRead(spec);
     }
   }
 
@@ -73,22 +71,21 @@ export class MatrixReader {
    * The type of a tensor of these matrices, all [out, in]: as stored where they are not quantized, else the smallest with a relative error of
    * at most `maxLoss`.
    */
-  async choose(weights: string[], shape: [number, number], maxLoss: number): Promise<Choice> {
-    const plain = weights.filter((weight) => this.job.checkpoint.has(weight));
-    const dtypes = new Set(plain.map((weight) => this.job.checkpoint.info(weight).dtype));
-    const total = weights.length * shape[0] * shape[1];
-    // A mix of both would need a type for both: the weights themselves.
-    if (plain.length > 0) {
-      const type =
-        plain.length === weights.length && dtypes.size === 1 ? ([...dtypes][0] as GgmlTypeName) : 'F32';
-      return { type, error: 0, energy: 0, weights: total };
-    }
+  async choose(specs: LinearSpec[], maxLoss: number): Promise<Choice> {
+    const quantized = specs.filter(({ weight }) => this.job.modules.has(moduleOf(weight)));
+    // A mix of both needs a type for both: the weights themselves.
+    const none = { error: 0, energy: 0 };
+    if (quantized.length === 0) return { type: await this.#denseType(specs[0]!), ...none };
+    if (quantized.length < specs.length) return { type: 'F32', ...none };
     const loss: Loss = noLoss();
-    for (const weight of weights)
-      await this.#with(weight, shape, (matrix) => this.#measure(matrix as Codes, loss));
-    const allowed = maxLoss ** 2 * loss.energy;
-    const index = loss.errors.findIndex((error) => error <= allowed);
-    return { type: CANDIDATES[index]!, error: loss.errors[index]!, energy: loss.energy, weights: total };
+    for (const spec of specs) await this.#with(spec, (matrix) => this.#measure(matrix as Codes, loss));
+    const index = loss.errors.findIndex((error) => error <= maxLoss ** 2 * loss.energy);
+    return { type: CANDIDATES[index]!, error: loss.errors[index]!, energy: loss.energy };
+  }
+
+  async #denseType(spec: LinearSpec): Promise<GgmlTypeName> {
+    const { dtype } = await this.#with(spec, (matrix) => Promise.resolve(matrix as Tensor));
+    return DENSE.get(dtype) ?? 'F32';
   }
 
   async #measure(codes: Codes, loss: Loss): Promise<void> {
@@ -100,27 +97,13 @@ export class MatrixReader {
   }
 
   /** The bytes of such a tensor, some rows at a time. Row r is row order[r] of the matrix. */
-  async *bytes(
-    weights: string[],
-    shape: [number, number],
-    type: GgmlTypeName,
-    order?: number[],
-  ): AsyncGenerator<Uint8Array> {
-    for (const weight of weights) {
-      const pieces: Uint8Array[] = [];
-      await this.#with(weight, shape, async (matrix) => {
-        // Collected: a matrix must not stay open while its reader waits for the disk.
-        for await (const piece of this.#pieces(matrix, type, order)) pieces.push(piece);
-      });
-      yield* pieces;
-    }
+  async *bytes(specs: LinearSpec[], type: GgmlTypeName, order?: number[]): AsyncGenerator<Uint8Array> {
+    for (const spec of specs) yield* await this.#with(spec, (matrix) => this.#encode(matrix, type, order));
   }
 
-  async *#pieces(matrix: Codes | Tensor, type: GgmlTypeName, order?: number[]): AsyncGenerator<Uint8Array> {
-    if (!('codes' in matrix)) {
-      yield await denseBytes(matrix, type, order);
-      return;
-    }
+  async #encode(matrix: Codes | Tensor, type: GgmlTypeName, order?: number[]): Promise<Uint8Array[]> {
+    if (!('codes' in matrix)) return [await denseBytes(matrix, type, order)];
+    const pieces: Uint8Array[] = [];
     const { values, bytes } = GGML_TYPES[type];
     const rowBytes = (matrix.cols / values) * bytes;
     const step = Math.max(1, Math.floor(TURN / matrix.cols));
@@ -130,21 +113,40 @@ export class MatrixReader {
       let at = 0;
       for (let row = begin; row < end; row++)
         at = encodeRow(matrix, order?.[row] ?? row, type as BlockTypeName, piece, at);
-      yield new Uint8Array(piece.buffer);
+      pieces.push(new Uint8Array(piece.buffer));
       await nextTurn();
+    }
+    return pieces;
+  }
+
+  /** Biases as f32, one after the other. */
+  async *biases(specs: LinearSpec[], order?: number[]): AsyncGenerator<Uint8Array> {
+    for (const spec of specs) {
+      await this.#weights.prepare([spec], this.job.options.signal);
+      const bias = this.#weights.bias(spec);
+      yield await f32Bytes(bias, order);
+      bias.dispose();
+      this.#weights.release([spec]);
     }
   }
 
-  /** Numbers as f32, e.g. a norm or a router. */
-  async values(name: string, order?: number[]): Promise<Uint8Array> {
+  /** A tensor's numbers as f32, e.g. those of a norm or a router. */
+  async values(name: string): Promise<Uint8Array> {
     const tensor = this.job.checkpoint.tensor(name);
-    const flat = tensor.reshape([tensor.shape.reduce((a, b) => a * b, 1), 1]);
     try {
-      return await denseBytes(flat, 'F32', order);
+      return await f32Bytes(tensor);
     } finally {
-      flat.dispose();
       tensor.dispose();
     }
+  }
+}
+
+async function f32Bytes(tensor: Tensor, order?: number[]): Promise<Uint8Array> {
+  const column = tensor.reshape([tensor.shape.reduce((a, b) => a * b, 1), 1]);
+  try {
+    return await denseBytes(column, 'F32', order);
+  } finally {
+    column.dispose();
   }
 }
 

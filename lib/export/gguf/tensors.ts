@@ -8,6 +8,7 @@ import type {
   LinearSpec,
   NormSpec,
 } from '../../architecture';
+import { hasBias } from '../../model/linear';
 import type { GgufFamily } from './families';
 
 /** One tensor of the file. */
@@ -15,8 +16,8 @@ export interface TensorPlan {
   name: string;
   /** Innermost first. */
   shape: number[];
-  /** Weights [out, in], one after the other (experts), that keep their type or get one; or numbers that are written as f32. */
-  from: { matrices: string[] } | { values: string } | { numbers: number[] };
+  /** Weights [out, in], one after the other (experts), that keep their type or get one; or what is written as f32. */
+  from: { matrices: LinearSpec[] } | { biases: LinearSpec[] } | { values: string } | { numbers: number[] };
   /** Row r of the file is row rows[r] of the source. */
   rows?: number[];
 }
@@ -33,10 +34,20 @@ class Plans {
     this.values(`${name}.bias`, bias, size);
   }
 
-  linear(name: string, { weight, bias, out, in: inputs }: LinearSpec, rows?: number[]): void {
-    const from = { matrices: [weight] };
-    this.list.push({ name: `${name}.weight`, shape: [inputs, out], from, ...(rows && { rows }) });
-    this.values(`${name}.bias`, bias, out, rows);
+  linear(name: string, spec: LinearSpec, rows?: number[]): void {
+    this.matrices(name, [spec], [spec.in, spec.out], rows);
+  }
+
+  matrices(name: string, specs: LinearSpec[], shape: number[], rows?: number[]): void {
+    this.list.push({ name: `${name}.weight`, shape, from: { matrices: specs }, ...(rows && { rows }) });
+    if (!hasBias(specs[0]!)) return;
+    const biasShape = shape.slice(1);
+    this.list.push({
+      name: `${name}.bias`,
+      shape: biasShape,
+      from: { biases: specs },
+      ...(rows && { rows }),
+    });
   }
 
   glu(prefix: string, suffix: string, glu: GluSpec): void {
@@ -47,12 +58,8 @@ class Plans {
   experts(prefix: string, experts: GluSpec[]): void {
     for (const part of ['gate', 'up', 'down'] as const) {
       const { out, in: inputs } = experts[0]![part];
-      const matrices = experts.map((expert) => expert[part].weight);
-      this.list.push({
-        name: `${prefix}.ffn_${part}_exps.weight`,
-        shape: [inputs, out, experts.length],
-        from: { matrices },
-      });
+      const specs = experts.map((expert) => expert[part]);
+      this.matrices(`${prefix}.ffn_${part}_exps`, specs, [inputs, out, experts.length]);
     }
   }
 }
@@ -109,11 +116,8 @@ export function tensorPlans(
 ): TensorPlan[] {
   const { embedding, head, layers, norm, hiddenSize, vocabSize } = architecture;
   const plans = new Plans();
-  plans.list.push({
-    name: 'token_embd.weight',
-    shape: [hiddenSize, vocabSize],
-    from: { matrices: [embedding.weight] },
-  });
+  const embed = { weight: embedding.weight, out: vocabSize, in: hiddenSize };
+  plans.linear('token_embd', embed);
   plans.norm('output_norm', norm);
   if (head.weight !== embedding.weight || !family.tiedHead) plans.linear('output', head);
   longFactors(plans, layers[0]!.attention, theta);
