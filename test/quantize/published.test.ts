@@ -6,7 +6,7 @@ import { MoeModel } from '../../lib/model/model';
 import { quantizeCheckpoint } from '../../lib/quantize';
 import { inspectModel } from '../../lib/quantize/inspect';
 import type { QuantizeOptions } from '../../lib/quantize/options';
-import { expectError, expectRejection, readJson, scratch } from '../checkpoint/helpers';
+import { expectRejection, readJson, scratch } from '../checkpoint/helpers';
 import {
   bf16Bytes,
   decodeFp8,
