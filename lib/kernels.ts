@@ -105,6 +105,36 @@ export function randomMatrix(
   return native().randomMatrix(rows, cols, 'dtype' in kind ? kind : groups(kind), seed);
 }
 
+/**
+ * Decodes FP8 weights (e4m3) as DeepSeek-V3 publishes them: bf16(code * scale), the product in f32.
+ *
+ * @param codes u8 [out, in]
+ * @param scales f32, f16 or bf16 [ceil(out / block[0]), ceil(in / block[1])]: `weight_scale_inv`
+ * @returns bf16 [out, in]
+ * @throws EacMoeError NON_FINITE for NaN among codes and scales
+ */
+export function decodeFp8(
+  codes: Tensor,
+  scales: Tensor,
+  block: [number, number] = [128, 128],
+): Promise<Tensor> {
+  return native().decodeFp8(codes, scales, block);
+}
+
+/**
+ * Decodes MXFP4 weights (OCP Microscaling Formats 1.0) as gpt-oss publishes them: e2m1 codes, the first in the low nibble, times
+ * 2^(scale - 127).
+ *
+ * @param blocks u8 [out, in / 2]
+ * @param scales u8 [out, in / 32]
+ * @returns bf16 [out, in]
+ * @throws EacMoeError NON_FINITE for a scale of 255, which is NaN
+ */
+export function decodeMxfp4(blocks: Tensor, scales: Tensor): Promise<Tensor> {
+  const [rows] = matrixShape('blocks', blocks);
+  return native().decodeMxfp4(blocks, scales, { from: 0, step: 1, rows });
+}
+
 /** How weights are grouped and rounded. */
 export interface GroupOptions {
   /** 2, 3 or 4. */

@@ -84,6 +84,23 @@ async function quantization() {
   );
 }
 
+/** Weights as published: parts of fused tensors, FP8, MXFP4. */
+async function published() {
+  const m = random(6, 10);
+  const part = { from: 1, step: 3, rows: 3, transposed: true };
+  assert.equal((await api.copyPart(m, part)).toArray()[7], m.toArray()[1 * 10 + 4]);
+  await assert.rejects(async () => api.copyPart(m, { ...part, rows: 4 }), { code: 'INVALID_ARGUMENT' });
+  const codes = api.fromBytes(new Uint8Array(130 * 7).fill(0x38), 'u8', [130, 7]);
+  const scales = api.fromArray(Float32Array.of(2, 4), 'f32', [2, 1]);
+  assert.equal((await api.decodeFp8(codes, scales, [128, 128])).toArray()[909], 4);
+  codes.rows(129, 130).write(new Uint8Array(7).fill(0xff));
+  await assert.rejects(api.decodeFp8(codes, scales, [128, 128]), { code: 'NON_FINITE' });
+  const blocks = api.fromBytes(new Uint8Array(5 * 32).fill(0x72), 'u8', [5, 32]);
+  const exponents = api.fromBytes(new Uint8Array(10).fill(128), 'u8', [5, 2]);
+  const rows = await api.decodeMxfp4(blocks, exponents, { from: 0, step: 2, rows: 3 });
+  assert.deepEqual([...rows.toArray().subarray(190)], [2, 12]);
+}
+
 /** One MoE layer with a KV cache: a prefill of two sequences, then a step, with and without an expert mask. */
 async function program() {
   const [vocab, width, experts, topK] = [40, 64, 4, 2];
@@ -194,7 +211,7 @@ async function inWorker() {
 async function main() {
   for (const isa of api.info().isas) {
     api.setIsa(isa);
-    for (const walk of [tensors, files, quantization, program, aborts, workers]) {
+    for (const walk of [tensors, files, quantization, published, program, aborts, workers]) {
       await walk();
       globalThis.gc?.();
       console.log(`${isa} ${walk.name}: ok`);
