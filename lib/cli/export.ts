@@ -61,7 +61,7 @@ function run(
   return exportCheckpoint(path, { ...options, onProgress, signal });
 }
 
-function print({ output, bytes, types, seconds }: ExportReport): void {
+function print({ output, bytes, types, notes, seconds }: ExportReport): void {
   printFields([
     ['written', output],
     ['size', megabytes(bytes)],
@@ -85,6 +85,7 @@ function print({ output, bytes, types, seconds }: ExportReport): void {
   process.stdout.write(`\n${lines.join('\n')}\n`);
   if (types.some((t) => t.loss > 0))
     process.stdout.write("\nloss: root mean square error of the weights relative to the weights'\n");
+  for (const note of notes) process.stdout.write(`\n${note}\n`);
 }
 
 const scientific = (x: number): string => x.toExponential(1);

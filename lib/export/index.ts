@@ -65,19 +65,19 @@ export async function exportCheckpoint(path: string, options: ExportOptions): Pr
       );
     }
     const job = new ExportJob(checkpoint, architecture, quantization, options);
-    const { bytes, types } = format === 'gguf' ? await exportGguf(job) : await exportDirectory(job);
+    const { bytes, types, notes } = format === 'gguf' ? await exportGguf(job) : await exportDirectory(job);
     options.onProgress?.({ fraction: 1, message: 'done' });
-    return { format, output, bytes, types, seconds: (performance.now() - begun) / 1000 };
+    return { format, output, bytes, types, notes, seconds: (performance.now() - begun) / 1000 };
   } finally {
     checkpoint.dispose();
   }
 }
 
-async function exportDirectory(job: ExportJob): Promise<{ bytes: number; types: ExportedType[] }> {
+async function exportDirectory(job: ExportJob): Promise<Pick<ExportReport, 'bytes' | 'types' | 'notes'>> {
   const { format, output, gptqVersion = 2, consumer = 'vllm' } = job.options;
   const content = format === 'gptq' ? gptqContent(job, gptqVersion) : compressedTensorsContent(job, consumer);
   const bytes = await writeDirectory(output, job.checkpoint, content);
-  return { bytes, types: storedTypes(job) };
+  return { bytes, types: storedTypes(job), notes: [] };
 }
 
 /** Matrices by their bits; what is written has the values of what was read. */

@@ -43,5 +43,7 @@ export interface ExportReport {
   /** Of the weight files, headers included. */
   bytes: number;
   types: ExportedType[];
+  /** What readers of the format do otherwise. */
+  notes: string[];
   seconds: number;
 }

@@ -84,6 +84,21 @@ export class Side {
     return (await this.#call('finite', model, ids)) as boolean;
   }
 
+  /** Peer only: raw logits of the next token at each position. */
+  async logits(model: number, ids: number[]): Promise<number[][]> {
+    return (await this.#call('logits', model, ids)) as number[][];
+  }
+
+  /** Peer only: nats of each id after the ones before it, from the second on. */
+  async nll(model: number, ids: number[]): Promise<number[]> {
+    return (await this.#call('nll', model, ids)) as number[];
+  }
+
+  /** Peer only: by the file's own tokenizer. */
+  async tokenize(model: number, text: string): Promise<number[]> {
+    return (await this.#call('tokenize', model, text)) as number[];
+  }
+
   /** Loads, and refuses a model whose results are not numbers: its time would say nothing. */
   async loadChecked(request: LoadRequest, model = 0): Promise<void> {
     await this.load(request);

@@ -123,6 +123,37 @@ class Peer {
     return Math.abs(total - 1) < 1e-3;
   }
 
+  /** Raw logits of the next token at each position, [tokens, vocabulary]. */
+  async #logits(index, ids) {
+    const { sequence } = this.#models[index];
+    await sequence.clearHistory();
+    const next = { generateNext: { logits: true, options: { temperature: 1, topK: 0, topP: 1, minP: 0 } } };
+    const rows = await sequence.controlledEvaluate(ids.map((id) => [id, next]));
+    return rows.map(({ next: { logits } }) => {
+      const row = new Float32Array(logits.size);
+      for (const [id, logit] of logits) row[id] = logit;
+      return row;
+    });
+  }
+
+  async logits(index, ids) {
+    return (await this.#logits(index, ids)).map((row) => [...row]);
+  }
+
+  /** Nats of each id after the ones before it, from the second on. */
+  async nll(index, ids) {
+    const rows = await this.#logits(index, ids);
+    return ids.slice(1).map((id, i) => {
+      const top = rows[i].reduce((a, b) => Math.max(a, b));
+      return top + Math.log(rows[i].reduce((sum, x) => sum + Math.exp(x - top), 0)) - rows[i][id];
+    });
+  }
+
+  /** Token ids of a text, as the file's own tokenizer has them. */
+  tokenize(index, text) {
+    return [...this.#models[index].model.tokenize(text)];
+  }
+
   /** `id` takes the place of the token that was sampled. */
   async #next({ tokens }, id) {
     const begin = performance.now();

@@ -217,7 +217,7 @@ describe('the source', () => {
     const awq = withConfig({ quantization_config: { quant_method: 'awq', bits: 4, group_size: 128 } });
     await expectRefused(awq, {}, 'UNSUPPORTED_MODEL', 'config.json', '"awq"');
     const v1 = withConfig({ quantization_config: { quant_method: 'gptq', bits: 4, group_size: 128 } });
-    await expectRefused(v1, {}, 'UNSUPPORTED_MODEL', 'config.json', 'version 1');
+    await expectRefused(v1, {}, 'UNSUPPORTED_MODEL', 'already quantized');
     const ours = join(dir, 'ours');
     await quantizeCheckpoint(tiny, { ...FEW, calibration, output: ours });
     await expectRefused(ours, {}, 'UNSUPPORTED_MODEL', ours, 'already quantized', 'eac-moe');

@@ -6,7 +6,7 @@ import { MoeModel } from '../../lib/model/model';
 import { quantizeCheckpoint } from '../../lib/quantize';
 import { inspectModel } from '../../lib/quantize/inspect';
 import type { QuantizeOptions } from '../../lib/quantize/options';
-import { expectError, expectRejection, readJson, scratch } from '../checkpoint/helpers';
+import { expectRejection, readJson, scratch } from '../checkpoint/helpers';
 import {
   bf16Bytes,
   decodeFp8,
@@ -304,7 +304,7 @@ describe('a broken model says what is broken', () => {
       writeFileSync(`${index}.new`, readFileSync(index, 'utf8').replace(`"${name}"`, `"${other}"`));
       renameSync(`${index}.new`, index);
       const missing = `'${name}' (layer 1, expert 2) is missing`;
-      expectError(() => inspectModel(dir), 'INVALID_TENSOR', missing);
+      await expectRejection(inspectModel(dir), 'INVALID_TENSOR', missing);
       await expectRejection(MoeModel.load(dir), 'INVALID_TENSOR', missing);
       await expectRejection(quantize(dir), 'INVALID_TENSOR', missing);
     }
