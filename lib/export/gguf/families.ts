@@ -17,6 +17,10 @@ export interface GgufFamily {
   renormalize: boolean | 'metadata';
   /** `expert_gating_func` and corrections of scores are read. */
   scores?: boolean;
+  /** As many key heads as query heads. */
+  equalHeads?: boolean;
+  /** Has layers without experts, all before the others. */
+  leadingDense?: boolean;
   /** llama.cpp's name of the norm before the feed-forward. */
   ffnNorm?: string;
   /** The embedding is the head where the file has none; else it is written twice when tied. */
@@ -55,6 +59,7 @@ export const GGUF_FAMILIES: ReadonlyMap<string, GgufFamily> = new Map<string, Gg
       arch: 'deepseek',
       neighbours: true,
       renormalize: false,
+      leadingDense: true,
       metadata: (_, a) => ({
         leading_dense_block_count: leadingDense(a),
         expert_shared_count: sharedCount(a),
@@ -62,7 +67,7 @@ export const GGUF_FAMILIES: ReadonlyMap<string, GgufFamily> = new Map<string, Gg
       }),
     },
   ],
-  ['olmoe', { arch: 'olmoe', renormalize: false }],
+  ['olmoe', { arch: 'olmoe', renormalize: false, equalHeads: true }],
   ['qwen3_moe', { arch: 'qwen3moe', renormalize: true }],
   [
     'granitemoe',
@@ -85,6 +90,7 @@ export const GGUF_FAMILIES: ReadonlyMap<string, GgufFamily> = new Map<string, Gg
       renormalize: 'metadata',
       scores: true,
       ffnNorm: 'post_attention_norm',
+      leadingDense: true,
       metadata: (_, a) => ({
         leading_dense_block_count: leadingDense(a),
         expert_shared_count: sharedCount(a),
@@ -100,6 +106,7 @@ export const GGUF_FAMILIES: ReadonlyMap<string, GgufFamily> = new Map<string, Gg
       neighbours: true,
       renormalize: true,
       scores: true,
+      leadingDense: true,
       metadata: (config, a) => ({
         interleave_moe_layer_step: config.positiveInteger('moe_layer_interval', 1),
         leading_dense_block_count: leadingDense(a),

@@ -35,8 +35,14 @@ function attentionOf(
 /** Fails where llama.cpp's model of the family would compute something else. */
 export function checkFamily(config: ModelConfig, architecture: Architecture, family: GgufFamily): void {
   const fail = (what: string): never => unsupported(config, `llama.cpp's '${family.arch}' ${what}`);
+  const isMoe = architecture.layers.map(({ feedForward }) => feedForward.kind === 'moe');
+  const first = isMoe.indexOf(true);
+  if (first > 0 && !family.leadingDense) fail('has no layers without experts');
+  if (isMoe.indexOf(false, first) >= 0) fail('has no layers without experts behind others');
   for (const { attention, feedForward } of architecture.layers) {
     if (feedForward.activation !== 'silu') fail(`has no activation '${feedForward.activation}'`);
+    if (family.equalHeads && attention.kind === 'grouped' && attention.heads !== attention.kvHeads)
+      fail('has as many key heads as query heads');
     if (attention.kind === 'grouped' && attention.sinks) fail('has no attention sinks');
     if (feedForward.kind === 'moe') checkRouter(feedForward.router, family, fail);
   }
