@@ -21,6 +21,23 @@ const COMMON = {
   hidden_act: 'silu',
 };
 
+const YARN = {
+  type: 'yarn',
+  factor: 4,
+  original_max_position_embeddings: 64,
+  beta_fast: 32,
+  beta_slow: 1,
+};
+
+const LATENT = {
+  num_key_value_heads: 4,
+  q_lora_rank: 64,
+  kv_lora_rank: 32,
+  qk_nope_head_dim: 32,
+  qk_rope_head_dim: 16,
+  v_head_dim: 32,
+};
+
 export const FAMILIES: Readonly<Record<string, Record<string, unknown>>> = {
   mixtral: { intermediate_size: 96, num_local_experts: 6, rope_theta: 1e6 },
   qwen2_moe: {
@@ -77,6 +94,39 @@ export const FAMILIES: Readonly<Record<string, Record<string, unknown>>> = {
     moe_layer_start_index: 1,
     intermediate_size: 96,
   },
+  deepseek_v2: {
+    ...LATENT,
+    n_routed_experts: 6,
+    n_shared_experts: 2,
+    first_k_dense_replace: 1,
+    moe_intermediate_size: 64,
+    intermediate_size: 96,
+    routed_scaling_factor: 1.5,
+    rope_scaling: { ...YARN, mscale: 0.707, mscale_all_dim: 0.707 },
+  },
+  deepseek_v3: {
+    ...LATENT,
+    n_routed_experts: 8,
+    n_shared_experts: 1,
+    first_k_dense_replace: 1,
+    moe_intermediate_size: 64,
+    intermediate_size: 96,
+    routed_scaling_factor: 2.5,
+    norm_topk_prob: true,
+    n_group: 4,
+    topk_group: 2,
+    scoring_func: 'sigmoid',
+    topk_method: 'noaux_tc',
+    rope_scaling: { ...YARN, mscale: 1, mscale_all_dim: 1 },
+  },
+  gpt_oss: {
+    num_local_experts: 6,
+    intermediate_size: 64,
+    head_dim: 32,
+    sliding_window: 16,
+    rope_theta: 150000,
+    rope_scaling: YARN,
+  },
   hunyuan_v1_moe: {
     num_experts: 6,
     moe_topk: 2,
@@ -91,6 +141,23 @@ function byteLetters(): string[] {
   let next = 256;
   return Array.from({ length: 256 }, (_, b) => String.fromCharCode(plain(b) ? b : next++));
 }
+
+/** Phi-3.5-MoE, whose experts llama.cpp weighs otherwise; its sequences are longer than the original length. */
+export const PHIMOE = {
+  num_local_experts: 4,
+  intermediate_size: 96,
+  attention_bias: true,
+  lm_head_bias: true,
+  rope_scaling: {
+    type: 'longrope',
+    short_factor: Array.from({ length: 16 }, (_, i) => 1 + 0.03 * i),
+    long_factor: Array.from({ length: 16 }, (_, i) => 1 + 0.2 * i),
+    short_mscale: 1.2431,
+    long_mscale: 1.2431,
+    original_max_position_embeddings: 16,
+  },
+  original_max_position_embeddings: 16,
+};
 
 export const BYTE_TOKENIZER = {
   version: '1.0',
@@ -114,8 +181,13 @@ function deviation({ role, shape }: RequiredTensor): number {
   return (role === 'router' ? 4 : 0.8) / Math.sqrt(shape.at(-1)!);
 }
 
-/** Writes a checkpoint of a family; `changes` to its config. Returns its directory. */
-export async function writeFamily(dir: string, family: string, changes: object = {}): Promise<string> {
+/** Writes a checkpoint of a family; `changes` to its config; experts may give nothing. Returns its directory. */
+export async function writeFamily(
+  dir: string,
+  family: string,
+  changes: object = {},
+  experts = 1,
+): Promise<string> {
   const raw = { ...COMMON, ...FAMILIES[family], model_type: family, torch_dtype: 'float32', ...changes };
   const random = seededRandom(1);
   const normal = () => Math.sqrt(-2 * Math.log(1 - random())) * Math.cos(2 * Math.PI * random());
@@ -130,7 +202,7 @@ export async function writeFamily(dir: string, family: string, changes: object =
     shape,
     data: () => {
       const count = shape.reduce((a, b) => a * b, 1);
-      const factor = deviation({ ...tensor, shape });
+      const factor = deviation({ ...tensor, shape }) * (tensor.role === 'expert' ? experts : 1);
       const value = tensor.role === 'norm' ? () => 1 + 0.2 * normal() : () => factor * normal();
       return new Uint8Array(Float32Array.from({ length: count }, value).buffer);
     },

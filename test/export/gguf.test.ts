@@ -7,7 +7,7 @@ import { Tokenizer } from '../../lib/model/tokenizer';
 import { Side } from '../../scripts/peers/side';
 import { expectRejection, scratch } from '../checkpoint/helpers';
 import { relativeError } from '../quantize/helpers';
-import { FAMILIES, writeFamily } from './families';
+import { FAMILIES, PHIMOE, writeFamily } from './families';
 import { rounded } from './helpers';
 
 const dir = scratch();
@@ -49,6 +49,14 @@ withPeer('llama.cpp reads it', () => {
     const { types, notes } = await exportCheckpoint(source, { format: 'gguf', output });
     expect(types.map((t) => [t.type, t.loss])).toEqual([['F32', 0]]);
     expect(notes).toEqual([]);
+    expect(relativeError(await peerLogits(output), await ours(source))).toBeLessThan(2e-3);
+  });
+
+  test('phimoe: all but the experts agrees, and how they differ is said', async () => {
+    const source = await writeFamily(join(dir, 'phimoe'), 'phimoe', PHIMOE, 0);
+    const output = join(dir, 'phimoe.gguf');
+    const { notes } = await exportCheckpoint(source, { format: 'gguf', output });
+    expect(notes[0]).toContain('not by the sparse mixer');
     expect(relativeError(await peerLogits(output), await ours(source))).toBeLessThan(2e-3);
   });
 
@@ -99,6 +107,7 @@ describe('what llama.cpp would compute otherwise, or not read', () => {
     ['qwen3_moe', { norm_topk_prob: false }, 'always divides'],
     ['qwen3_moe', { mlp_only_layers: [0] }, 'no layers without experts'],
     ['glm4_moe', { n_group: 2, topk_group: 1 }, 'no groups of experts'],
+    ['gpt_oss', { layer_types: Array(3).fill('full_attention') }, 'a window in every other layer'],
     ['mixtral', { hidden_act: 'gelu' }, "no activation 'gelu'"],
     ['olmoe', { num_key_value_heads: 2 }, 'as many key heads'],
   ])('%s %j', refused);

@@ -6,6 +6,7 @@
  */
 import type { ModelConfig } from '../../checkpoint/config';
 import type { Architecture, MoeSpec } from '../../architecture';
+import type { Activation } from '../../../types/native';
 import type { GgufValue } from './writer';
 
 export interface GgufFamily {
@@ -21,6 +22,14 @@ export interface GgufFamily {
   equalHeads?: boolean;
   /** Has layers without experts, all before the others. */
   leadingDense?: boolean;
+  /** Default silu. */
+  activation?: Activation;
+  /** Biases in the router, sinks, a window in every other layer beginning with the first. */
+  gptOss?: boolean;
+  /** Latent attention; experts in groups that are worth their best two. */
+  latent?: boolean;
+  /** Rotary embeddings by yarn. */
+  yarn?: boolean;
   /** llama.cpp's name of the norm before the feed-forward. */
   ffnNorm?: string;
   /** The embedding is the head where the file has none; else it is written twice when tied. */
@@ -41,6 +50,28 @@ function sharedCount(a: Architecture): number {
   const { shared, experts } = moeLayer(a);
   return shared ? shared.up.out / experts[0]!.up.out : 0;
 }
+
+const deepseek2: GgufFamily = {
+  arch: 'deepseek2',
+  neighbours: true,
+  renormalize: 'metadata',
+  scores: true,
+  tiedHead: true,
+  latent: true,
+  yarn: true,
+  leadingDense: true,
+  metadata: (config, a) => {
+    const { groups, scale } = moeLayer(a).router;
+    const all = config.rope.type === 'yarn' ? config.rope.fields.nonNegativeNumber('mscale_all_dim', 0) : 0;
+    return {
+      leading_dense_block_count: leadingDense(a),
+      expert_shared_count: sharedCount(a),
+      expert_weights_scale: { f32: scale },
+      ...(groups && { expert_group_count: groups.count, expert_group_used_count: groups.top }),
+      ...(all > 0 && { 'rope.scaling.yarn_log_multiplier': { f32: 0.1 * all } }),
+    };
+  },
+};
 
 export const GGUF_FAMILIES: ReadonlyMap<string, GgufFamily> = new Map<string, GgufFamily>([
   ['mixtral', { arch: 'llama', neighbours: true, renormalize: true, tiedHead: true }],
@@ -112,6 +143,19 @@ export const GGUF_FAMILIES: ReadonlyMap<string, GgufFamily> = new Map<string, Gg
         leading_dense_block_count: leadingDense(a),
         expert_shared_count: sharedCount(a),
       }),
+    },
+  ],
+  ['deepseek_v2', deepseek2],
+  ['deepseek_v3', deepseek2],
+  [
+    'gpt_oss',
+    {
+      arch: 'gpt-oss',
+      renormalize: true,
+      activation: 'clamped-swiglu',
+      gptOss: true,
+      yarn: true,
+      ffnNorm: 'post_attention_norm',
     },
   ],
   ['hunyuan_v1_moe', { arch: 'hunyuan-moe', renormalize: true }],

@@ -86,7 +86,7 @@ export class MatrixReader {
   }
 
   async #denseType(spec: LinearSpec): Promise<GgmlTypeName> {
-    const { dtype } = await this.#with(spec, (matrix) => Promise.resolve(matrix as Tensor));
+    const dtype = await this.#with(spec, (matrix) => Promise.resolve((matrix as Tensor).dtype));
     return DENSE.get(dtype) ?? 'F32';
   }
 
