@@ -52,12 +52,13 @@ withPeer('llama.cpp reads it', () => {
     expect(relativeError(await peerLogits(output), await ours(source))).toBeLessThan(2e-3);
   });
 
-  test('phimoe: all but the experts agrees, and how they differ is said', async () => {
+  test('phimoe: the rest is near without experts, and what llama.cpp does otherwise is said', async () => {
     const source = await writeFamily(join(dir, 'phimoe'), 'phimoe', PHIMOE, 0);
     const output = join(dir, 'phimoe.gguf');
     const { notes } = await exportCheckpoint(source, { format: 'gguf', output });
-    expect(notes[0]).toContain('not by the sparse mixer');
-    expect(relativeError(await peerLogits(output), await ours(source))).toBeLessThan(2e-3);
+    expect(notes[0]).toMatch(/root mean square.*sparse mixer/);
+    // Its norms do not subtract the mean.
+    expect(relativeError(await peerLogits(output), await ours(source))).toBeLessThan(0.1);
   });
 
   test.each([

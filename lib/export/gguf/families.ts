@@ -81,7 +81,7 @@ export const GGUF_FAMILIES: ReadonlyMap<string, GgufFamily> = new Map<string, Gg
     {
       arch: 'phimoe',
       renormalize: true,
-      note: 'llama.cpp routes Phi-3.5-MoE by a softmax over all experts, not by the sparse mixer: its results differ from those of the original model',
+      note: 'llama.cpp normalises Phi-3.5-MoE by the root mean square, not by mean and variance, and routes by a softmax over all experts, not by the sparse mixer: its results differ from those of the original model',
     },
   ],
   [
