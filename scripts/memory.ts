@@ -1,7 +1,7 @@
 /**
- * Peak memory of `quantize` on synthetic checkpoints in Qwen1.5-MoE's shape (bf16, random weights), at two depths.
+ * Peak memory of `quantize` on synthetic checkpoints in Qwen1.5-MoE's shape (random weights), at two depths.
  *
- *   npm run check:memory -- [--layers 2,4] [--experts 60] [--sequences 16] [--seq-len 512]
+ *   npm run check:memory -- [--layers 2,4] [--experts 60] [--sequences 16] [--seq-len 512] [--format bf16|fp8]
  *
  * Fails when a peak is above the bound, or when the deepest model takes over 5 % more than the shallowest. The bound:
  *   float32 weights of one layer + the largest Hessian in float32 + 4 float32 hidden states a calibration token.
@@ -12,11 +12,11 @@ import { readFileSync } from 'node:fs';
 import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join, resolve } from 'node:path';
-import { Command } from 'commander';
+import { Command, Option } from 'commander';
 import { describe } from '../lib/architecture';
 import { requiredTensors } from '../lib/architecture/tensors';
 import { normaliseConfig } from '../lib/checkpoint/config';
-import { writeSynthetic } from '../test/synthetic';
+import { writeSynthetic, type SyntheticOptions } from '../test/synthetic';
 
 const GROWTH = 1.05;
 /** Runs against dist: ts-node's compiler would count as well. */
@@ -29,8 +29,11 @@ const CHILD = `
     .catch((error) => { console.error(error); process.exitCode = 1; });
 `;
 
-function config(layers: number, experts: number): Record<string, unknown> {
+type Format = 'bf16' | 'fp8';
+
+function config(layers: number, experts: number, format: Format): Record<string, unknown> {
   return {
+    ...(format === 'fp8' && { quantization_config: { quant_method: 'fp8' } }),
     model_type: 'qwen2_moe',
     torch_dtype: 'bfloat16',
     vocab_size: 1024,
@@ -49,6 +52,18 @@ function config(layers: number, experts: number): Record<string, unknown> {
     hidden_act: 'silu',
   };
 }
+
+/** Random codes under one small scale. */
+const store: SyntheticOptions['store'] = ({ name, shape, projection }, values) => {
+  if (!projection) return undefined;
+  const codes = Uint8Array.from(values, (v) => ((v & 0x7f) === 0x7f ? 0 : v));
+  const blocks = shape.map((n) => Math.ceil(n / 128));
+  const scales = new Float32Array(blocks[0]! * blocks[1]!).fill(2 ** -10);
+  return [
+    { name, dtype: 'F8_E4M3', shape, data: codes },
+    { name: `${name}_scale_inv`, dtype: 'F32', shape: blocks, data: new Uint8Array(scales.buffer) },
+  ];
+};
 
 interface Peak {
   /** Bytes: VmHWM, and the largest RssAnon and RssFile seen. */
@@ -92,7 +107,7 @@ function measure(args: string[]): Promise<Peak> {
 }
 
 function bound(experts: number, tokens: number): { weights: number; hessian: number; states: number } {
-  const architecture = describe(normaliseConfig(config(1, experts)));
+  const architecture = describe(normaliseConfig(config(1, experts, 'bf16')));
   const layer = requiredTensors(architecture).filter((t) => t.layer === 0);
   const width = Math.max(...layer.filter((t) => t.projection).map((t) => t.shape[1]!));
   return {
@@ -110,8 +125,9 @@ async function main(): Promise<void> {
     .option('--experts <n>', 'experts of a layer', '60')
     .option('--sequences <n>', 'calibration sequences', '16')
     .option('--seq-len <n>', 'tokens of each', '512')
+    .addOption(new Option('--format <name>', 'of the source').choices(['bf16', 'fp8']).default('bf16'))
     .parse()
-    .opts<{ layers: string; experts: string; sequences: string; seqLen: string }>();
+    .opts<{ layers: string; experts: string; sequences: string; seqLen: string; format: Format }>();
   const experts = Number(o.experts);
   const { weights, hessian, states } = bound(experts, Number(o.sequences) * Number(o.seqLen));
   const limit = weights + hessian + states;
@@ -120,7 +136,10 @@ async function main(): Promise<void> {
   for (const layers of o.layers.split(',').map(Number)) {
     const dir = await mkdtemp(join(tmpdir(), 'eac-moe-memory-'));
     try {
-      await writeSynthetic(join(dir, 'model'), config(layers, experts), { ring: 2 ** 24 });
+      await writeSynthetic(join(dir, 'model'), config(layers, experts, o.format), {
+        ring: 2 ** 24,
+        ...(o.format === 'fp8' && { store }),
+      });
       const args = [join(dir, 'model'), join(dir, 'output'), o.sequences, o.seqLen];
       const { total, anonymous, file } = await measure(args);
       console.log(

@@ -9,6 +9,7 @@ import { openSafetensors } from '../../lib/checkpoint/safetensors';
 import { MoeModel } from '../../lib/model/model';
 import type { KvCache, Tensor } from '../../types/native';
 import { describeWith, scratch, shared } from '../checkpoint/helpers';
+import { shows } from '../families/shows';
 
 /** Largest difference of the logits, relative to their standard deviation. */
 const TOLERANCE = 2e-4;
@@ -248,7 +249,8 @@ const BATCHES: [string, number[][]][] = [
 ];
 
 for (const family of SUPPORTED_MODEL_TYPES) {
-  describeWith(`goldens/${family}/golden.safetensors`, `${family} gives what transformers gives`, () => {
+  const title = `${family} gives what transformers gives ${shows(family, 'forward')}`;
+  describeWith(`goldens/${family}/golden.safetensors`, title, () => {
     const dir = join(shared, 'goldens', family);
     let model: MoeModel;
     let golden: Golden;

@@ -6,7 +6,7 @@ import { MoeModel } from '../../lib/model/model';
 import { quantizeCheckpoint } from '../../lib/quantize';
 import { inspectModel } from '../../lib/quantize/inspect';
 import type { QuantizeOptions } from '../../lib/quantize/options';
-import { expectError, expectRejection, readJson, scratch } from '../checkpoint/helpers';
+import { expectRejection, readJson, scratch } from '../checkpoint/helpers';
 import {
   bf16Bytes,
   decodeFp8,
@@ -192,8 +192,8 @@ describe.each(Object.entries(MODELS))('%s and its twin', (title, { dtype, ...mod
     b.dispose();
   });
 
-  test('have the same parameters; `inspect` names the format', () => {
-    const [found, expected] = [inspectModel(published), inspectModel(twin)];
+  test('have the same parameters; `inspect` names the format', async () => {
+    const [found, expected] = [await inspectModel(published), await inspectModel(twin)];
     expect([found.dtype, expected.dtype]).toEqual([dtype, 'bfloat16']);
     expect(found.quantization).toBeUndefined();
     for (const key of ['parameters', 'activeParameters', 'sizes'] as const)
@@ -213,7 +213,7 @@ describe.each(Object.entries(MODELS))('%s and its twin', (title, { dtype, ...mod
     const shard = openSafetensors(join(a, index[left]!));
     expect(shard.info(left)).toMatchObject({ dtype: 'BF16' });
     shard.dispose();
-    expect(inspectModel(a).dtype).toBe('bfloat16');
+    expect((await inspectModel(a)).dtype).toBe('bfloat16');
     const model = await MoeModel.load(a);
     expect((await model.forward([1, 2, 3])).logits.every(Number.isFinite)).toBe(true);
     model.dispose();
@@ -304,7 +304,7 @@ describe('a broken model says what is broken', () => {
       writeFileSync(`${index}.new`, readFileSync(index, 'utf8').replace(`"${name}"`, `"${other}"`));
       renameSync(`${index}.new`, index);
       const missing = `'${name}' (layer 1, expert 2) is missing`;
-      expectError(() => inspectModel(dir), 'INVALID_TENSOR', missing);
+      await expectRejection(inspectModel(dir), 'INVALID_TENSOR', missing);
       await expectRejection(MoeModel.load(dir), 'INVALID_TENSOR', missing);
       await expectRejection(quantize(dir), 'INVALID_TENSOR', missing);
     }

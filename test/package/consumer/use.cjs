@@ -20,4 +20,9 @@ module.exports = async function use(api, kernels) {
     () => x.reshape([3]),
     (error) => error instanceof api.EacMoeError && error.code === 'INVALID_ARGUMENT',
   );
+
+  // The hub's client is there and loads; offline it asks nobody.
+  process.env.HF_HUB_OFFLINE = '1';
+  process.env.HF_HOME = path.join(installed, 'no-such-cache');
+  await assert.rejects(api.MoeModel.load('hf:eac-moe/none'), { code: 'HUB_UNAVAILABLE' });
 };
