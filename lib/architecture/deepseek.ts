@@ -4,7 +4,7 @@
  */
 import type { ModelConfig } from '../checkpoint/config';
 import { EacMoeError } from '../errors';
-import { activation, attention, decoder, glu, linear, rmsNorm, topK } from './parts';
+import { activation, attention, decoder, dense, glu, linear, rmsNorm, router, topK } from './parts';
 import type { Architecture } from './types';
 
 export function deepseek(config: ModelConfig): Architecture {
@@ -29,11 +29,7 @@ export function deepseek(config: ModelConfig): Architecture {
       attention: attention(`${layer}.self_attn`, config, { bias: { qkv: bias, o: bias } }),
       feedForward: isMoe(index)
         ? moe(config, `${layer}.mlp`, hidden, experts, shared)
-        : {
-            kind: 'dense',
-            ...glu(`${layer}.mlp`, hidden, config.positiveInteger('intermediate_size')),
-            activation: activation(config),
-          },
+        : dense(`${layer}.mlp`, config),
     }),
   );
 }
@@ -49,14 +45,10 @@ function moe(
   const k = topK(config, experts);
   return {
     kind: 'moe',
-    router: {
-      ...linear(`${module}.gate`, experts, hidden),
-      scoring: 'softmax',
+    router: router(linear(`${module}.gate`, experts, hidden), {
       topK: k,
       renormalize: k > 1 && config.boolean('norm_topk_prob', false),
-      scale: 1,
-      jitter: 0,
-    },
+    }),
     experts: Array.from({ length: experts }, (_, e) => glu(`${module}.experts.${e}`, hidden, width)),
     activation: activation(config),
     ...(shared > 0 ? { shared: glu(`${module}.shared_experts`, hidden, shared * width) } : {}),

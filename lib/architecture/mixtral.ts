@@ -1,6 +1,6 @@
 /** Mixtral (Mixtral-8x7B, -8x22B): grouped-query attention, experts everywhere, top-k of the softmax renormalised. */
 import type { ModelConfig } from '../checkpoint/config';
-import { activation, attention, decoder, glu, linear, rmsNorm, topK } from './parts';
+import { activation, attention, decoder, glu, linear, rmsNorm, router, topK } from './parts';
 import type { Architecture } from './types';
 
 export function mixtral(config: ModelConfig): Architecture {
@@ -15,14 +15,10 @@ export function mixtral(config: ModelConfig): Architecture {
       attention: attention(`${layer}.self_attn`, config, { window, defaultTheta: 1e6 }),
       feedForward: {
         kind: 'moe',
-        router: {
-          ...linear(`${layer}.block_sparse_moe.gate`, experts, hidden),
-          scoring: 'softmax',
+        router: router(linear(`${layer}.block_sparse_moe.gate`, experts, hidden), {
           topK: topK(config, experts),
           renormalize: true,
-          scale: 1,
-          jitter: 0,
-        },
+        }),
         experts: Array.from({ length: experts }, (_, e) =>
           glu(`${layer}.block_sparse_moe.experts.${e}`, hidden, width, ['w1', 'w3', 'w2']),
         ),

@@ -1,15 +1,16 @@
 /** Qwen1.5-MoE and Qwen2-MoE (`qwen2_moe`): biases on q, k and v, one shared expert scaled by a sigmoid gate, optional dense layers. */
 import type { ModelConfig } from '../checkpoint/config';
-import { activation, attention, decoder, glu, linear, rmsNorm, topK } from './parts';
+import { activation, attention, decoder, dense, glu, linear, rmsNorm, router, topK } from './parts';
 import type { Architecture, LayerSpec } from './types';
 
 export function qwen2Moe(config: ModelConfig): Architecture {
   const hidden = config.positiveInteger('hidden_size');
   const experts = config.nonNegativeInteger('num_experts');
   const step = config.positiveInteger('decoder_sparse_step', 1);
-  const dense = new Set(config.integers('mlp_only_layers', []));
+  const denseLayers = new Set(config.integers('mlp_only_layers', []));
   const bias = { qkv: config.boolean('qkv_bias', true), o: false };
-  const isMoe = (index: number): boolean => !dense.has(index) && experts > 0 && (index + 1) % step === 0;
+  const isMoe = (index: number): boolean =>
+    !denseLayers.has(index) && experts > 0 && (index + 1) % step === 0;
   return decoder(
     config,
     (module) => rmsNorm(module, config),
@@ -17,11 +18,7 @@ export function qwen2Moe(config: ModelConfig): Architecture {
       attention: attention(`${layer}.self_attn`, config, { bias, window: windowOf(config, index) }),
       feedForward: isMoe(index)
         ? moe(config, `${layer}.mlp`, hidden, experts)
-        : {
-            kind: 'dense',
-            ...glu(`${layer}.mlp`, hidden, config.positiveInteger('intermediate_size')),
-            activation: activation(config),
-          },
+        : dense(`${layer}.mlp`, config),
     }),
   );
 }
@@ -41,14 +38,10 @@ function moe(config: ModelConfig, module: string, hidden: number, experts: numbe
   const width = config.positiveInteger('moe_intermediate_size');
   return {
     kind: 'moe',
-    router: {
-      ...linear(`${module}.gate`, experts, hidden),
-      scoring: 'softmax',
+    router: router(linear(`${module}.gate`, experts, hidden), {
       topK: topK(config, experts),
       renormalize: config.boolean('norm_topk_prob', false),
-      scale: 1,
-      jitter: 0,
-    },
+    }),
     experts: Array.from({ length: experts }, (_, e) => glu(`${module}.experts.${e}`, hidden, width)),
     activation: activation(config),
     shared: {

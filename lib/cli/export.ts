@@ -3,6 +3,7 @@ import type { Command } from 'commander';
 import { exportCheckpoint, type ExportFormat, type ExportReport } from '../index';
 import {
   megabytes,
+  MODEL,
   newCommand,
   number,
   oneOf,
@@ -24,7 +25,7 @@ const loss = number('a number from 0 to below 1', (n) => n >= 0 && n < 1);
 
 export function exportCommand(): Command {
   return newCommand('export', 'hand a quantized model to other programs')
-    .argument('<model>', 'quantized model directory; for gguf any')
+    .argument('<model>', `${MODEL}; quantized, for gguf any`)
     .requiredOption(
       '--format <format>',
       'gptq, compressed-tensors or gguf',
@@ -54,10 +55,8 @@ export function exportCommand(): Command {
 function run(
   path: string,
   { json: _, ...options }: Options,
-  { signal, progress }: Context,
+  { signal, onProgress }: Context,
 ): Promise<ExportReport> {
-  const onProgress = ({ fraction, message }: { fraction: number; message: string }) =>
-    progress.update(fraction, message);
   return exportCheckpoint(path, { ...options, onProgress, signal });
 }
 

@@ -4,6 +4,7 @@ import { checkTensors } from '../architecture/tensors';
 import { quantizationOf } from '../checkpoint/quantized';
 import { Checkpoint } from '../checkpoint/source';
 import { EacMoeError } from '../errors';
+import { localModel } from '../hub';
 import { compressedTensorsContent } from './compressed_tensors';
 import { writeDirectory } from './directory';
 import { gptqContent } from './gptq';
@@ -40,7 +41,7 @@ function checkOptions(options: ExportOptions): void {
 }
 
 /**
- * Writes the quantized checkpoint in directory `path` in a format of other programs: GPTQ (GPTQModel, transformers, vLLM, SGLang),
+ * Writes the quantized checkpoint `path`, a directory or `hf:<owner>/<name>[@revision]`, in a format of other programs: GPTQ (GPTQModel, transformers, vLLM, SGLang),
  * compressed-tensors (vLLM, SGLang) or GGUF (llama.cpp). One tensor, for gguf one expert, is in memory at a time. The output appears under
  * its name when it is whole; a process killed before leaves a hidden file or directory '.<name>.tmp-...' beside it.
  *
@@ -53,7 +54,7 @@ export async function exportCheckpoint(path: string, options: ExportOptions): Pr
   const begun = performance.now();
   checkOptions(options);
   const { format, output } = options;
-  const checkpoint = Checkpoint.open(path);
+  const checkpoint = Checkpoint.open(await localModel(path, options));
   try {
     const quantization = quantizationOf(checkpoint.config);
     const architecture = describe(checkpoint.config);

@@ -22,6 +22,7 @@ export interface DownloadProgress {
   stage: 'download';
   /** Of the weights, from 0 to 1; those that were there before count. */
   fraction: number;
+  /** Of the weights; 0 of 0 while something else is downloaded. */
   bytes: number;
   totalBytes: number;
   /** What is being done, for people. */
@@ -76,15 +77,17 @@ export class Snapshot {
     if (found.complete) return found.directory;
     const { directory, files } = found;
     const present = (some: RemoteFile[]) => some.every(({ path }) => existsSync(join(directory, path)));
-    // A cache that has everything may be read-only.
-    if (!present(companions(files)) || !present(this.#weights(directory, files))) {
-      await this.#locked(async () => {
-        await this.#download(directory, companions(files));
-        await this.#download(directory, this.#weights(directory, files), true);
-      });
+    if (present(companions(files)) && present(this.#weights(directory, files))) {
+      // A cache that has everything may be read-only.
+      await this.#refer(basename(directory)).catch(() => undefined);
+      return directory;
     }
-    // Last, so that an update which breaks off leaves the branch where it was.
-    await this.#refer(basename(directory));
+    await this.#locked(async () => {
+      await this.#download(directory, companions(files));
+      await this.#download(directory, this.#weights(directory, files), true);
+      // Last, so that an update which breaks off leaves the branch where it was.
+      await this.#refer(basename(directory));
+    });
     return directory;
   }
 
@@ -99,10 +102,13 @@ export class Snapshot {
     await this.#locked(() => this.#download(directory, companions(files)));
     const weights = this.#weights(directory, files);
     for (const { path } of companions(files)) await symlink(join(directory, path), join(temporary, path));
+    let done = 0;
     await this.#each(weights, async (file, connection) => {
       const [cached, target] = [join(directory, file.path), join(temporary, file.path)];
       if (existsSync(cached)) await symlink(cached, target);
       else await downloadHeader(connection, this.#url(directory, file), file, target);
+      const message = `reading headers of ${this.#repository}: ${++done} of ${weights.length} files`;
+      this.#report(message, 0, 0, done / weights.length);
     });
     return temporary;
   }
@@ -222,7 +228,7 @@ export class Snapshot {
     const path = join(this.settings.cache, '.locks', basename(this.#folder), 'eac-moe.lock');
     const onWait = () => {
       this.#connection.checkAborted();
-      this.#report(0, 0, `waiting for another process that downloads ${this.#repository}`);
+      this.#report(`waiting for another process that downloads ${this.#repository}`);
     };
     return withLock(path, { signal, onWait }, work);
   }
@@ -245,8 +251,8 @@ export class Snapshot {
     const onBytes = (change: number) => {
       bytes += change;
       if (weights)
-        this.#report(bytes, total, `downloading ${this.#repository}: ${progressText(bytes, total)}`);
-      else this.#report(0, 0, `downloading ${this.#repository}: configuration and tokenizer`);
+        this.#report(`downloading ${this.#repository}: ${progressText(bytes, total)}`, bytes, total);
+      else this.#report(`downloading ${this.#repository}: configuration and tokenizer`);
     };
     await this.#each(distinct, async (file, connection) => {
       const blob = join(blobs, file.hash);
@@ -300,7 +306,9 @@ export class Snapshot {
   async #refer(commit: string): Promise<void> {
     const ref = join(this.#folder, 'refs', this.#revision);
     if (this.#revision === commit || (existsSync(ref) && readFileSync(ref, 'utf8') === commit)) return;
-    await mkdir(join(ref, '..'), { recursive: true });
+    await mkdir(join(ref, '..'), { recursive: true }).catch((cause: unknown) => {
+      throw outputError(ref, 0, cause);
+    });
     await writeText(ref, commit);
   }
 
@@ -309,11 +317,15 @@ export class Snapshot {
   }
 
   #reported = 0;
-  #report(bytes: number, totalBytes: number, message: string): void {
+  #report(
+    message: string,
+    bytes = 0,
+    totalBytes = 0,
+    fraction = totalBytes > 0 ? bytes / totalBytes : 0,
+  ): void {
     const now = performance.now();
-    if (now - this.#reported < REPORT && (bytes < totalBytes || totalBytes === 0)) return;
+    if (now - this.#reported < REPORT && fraction < 1) return;
     this.#reported = now;
-    const fraction = totalBytes > 0 ? bytes / totalBytes : 0;
     this.options.onProgress?.({ stage: 'download', fraction, bytes, totalBytes, message });
   }
 }

@@ -1,110 +1,13 @@
 import { join } from 'node:path';
-import { describe as architectureOf } from '../../lib/architecture';
-import { requiredTensors } from '../../lib/architecture/tensors';
 import { writeJson } from '../../lib/checkpoint/files';
-import { moduleOf, readMatrix } from '../../lib/checkpoint/quantized';
-import { openSafetensors, type SafetensorsFile } from '../../lib/checkpoint/safetensors';
-import { Checkpoint } from '../../lib/checkpoint/source';
 import { exportCheckpoint } from '../../lib/export';
 import { transpose } from '../../lib/export/compressed_tensors';
 import type { QuantizeOptions } from '../../lib/quantize/options';
-import type { QuantMatrix } from '../../types/native';
 import { describeWith, expectRejection, readJson, scratch, shared } from '../checkpoint/helpers';
+import { compare, settingOf, type Group } from './compressed-layout';
 import { rounded } from './helpers';
 
 const dir = scratch();
-
-interface Group {
-  targets: string[];
-  weights: { num_bits: number; symmetric: boolean; strategy: string; group_size: number | null };
-}
-
-/** How readers find a module's setting: by name, then by class; null when ignored. */
-function settingOf(config: Record<string, unknown>, module: string): Group['weights'] | null {
-  const matches = (pattern: string) =>
-    pattern.startsWith('re:') ? new RegExp(pattern.slice(3), 'y').test(module) : pattern === module;
-  if ((config.ignore as string[]).some(matches)) return null;
-  const groups = Object.values(config.config_groups as Record<string, Group>);
-  const found = groups.filter((group) => group.targets.some(matches));
-  expect(found.length).toBeLessThan(2);
-  return (found[0] ?? groups.find((group) => group.targets.includes('Linear')))!.weights;
-}
-
-/**
- * The library's own way back, step by step: split words into 32 / bits values (3 bit: a bit string), subtract 2^(bits - 1), cut the padding,
- * then (value - zero point) * scale by group. Zero points lie along the outputs.
- */
-function decompress(file: SafetensorsFile, module: string, args: Group['weights']): Float32Array {
-  const bits = args.num_bits;
-  const [out, inputs] = [...new BigInt64Array(file.bytes(`${module}.weight_shape`).slice().buffer)].map(
-    Number,
-  );
-  const words = (name: string) => new Uint32Array(file.bytes(`${module}.${name}`).slice().buffer);
-  const signed = (line: number[], count: number): number[] => {
-    const bit = (at: number): number => (line[at >> 5]! >>> (at & 31)) & 1;
-    return Array.from({ length: count }, (_, i) => {
-      let value = -(2 ** (bits - 1));
-      for (let b = 0; b < bits; b++) value += bit(i * bits + b) << b;
-      return value;
-    });
-  };
-  const packed = words('weight_packed');
-  const row = packed.length / out!;
-  const scale = file.tensor(`${module}.weight_scale`).toArray() as Float32Array;
-  const groups = scale.length / out!;
-  expect(file.info(`${module}.weight_scale`).shape).toEqual([out, groups]);
-  const zeros: number[][] = [];
-  if (!args.symmetric) {
-    const column = words('weight_zero_point');
-    const lines = column.length / groups;
-    for (let g = 0; g < groups; g++)
-      zeros.push(
-        signed(
-          Array.from({ length: lines }, (_, l) => column[l * groups + g]!),
-          out!,
-        ),
-      );
-  }
-  const size = args.group_size ?? inputs!;
-  const weights = new Float32Array(out! * inputs!);
-  for (let r = 0; r < out!; r++) {
-    const values = signed([...packed.subarray(r * row, (r + 1) * row)], inputs!);
-    for (const [c, value] of values.entries()) {
-      const g = Math.floor(c / size);
-      weights[r * inputs! + c] = (value - (zeros[g]?.[r] ?? 0)) * scale[r * groups + g]!;
-    }
-  }
-  return weights;
-}
-
-async function compare(source: string, output: string, layer = 1): Promise<void> {
-  const config = readJson(join(output, 'config.json')).quantization_config as Record<string, unknown>;
-  const checkpoint = Checkpoint.open(source);
-  const exported = Checkpoint.open(output);
-  let quantized = 0;
-  const all = requiredTensors(architectureOf(checkpoint.config));
-  for (const { name, shape, layer: l, role } of all) {
-    const module = moduleOf(name);
-    if (!checkpoint.has(`${module}.qweight`)) {
-      expect(exported.tensor(name).toBytes()).toEqual(checkpoint.tensor(name).toBytes());
-      if (['router', 'gate', 'head'].includes(role))
-        expect([name, settingOf(config, module)]).toEqual([name, null]);
-      continue;
-    }
-    const args = settingOf(config, module)!;
-    if (l !== layer) continue;
-    const matrix = (await readMatrix(checkpoint, name, shape[0]!, shape[1]!)) as QuantMatrix;
-    expect([args.num_bits, args.symmetric]).toEqual([matrix.bits, matrix.symmetric]);
-    const file = openSafetensors(join(output, exported.info(`${module}.weight_packed`).file));
-    const [found, expected] = [decompress(file, module, args), (await matrix.dequantize()).toArray()];
-    expect(Buffer.from(found.buffer).equals(Buffer.from(expected.buffer))).toBe(true);
-    quantized++;
-    file.dispose();
-  }
-  expect(quantized).toBeGreaterThan(10);
-  checkpoint.dispose();
-  exported.dispose();
-}
 
 test.each<[string, Partial<QuantizeOptions>]>([
   ['4 bit, symmetric', { bits: 4, symmetric: true }],
@@ -116,7 +19,7 @@ test.each<[string, Partial<QuantizeOptions>]>([
   const format = 'compressed-tensors';
   const { types } = await exportCheckpoint(source, { format, output });
   expect(types.find((t) => t.type === '4 bit')!.loss).toBe(0);
-  await compare(source, output);
+  await compare(source, output, 1);
 });
 
 test('several widths: config groups by patterns', async () => {
@@ -139,7 +42,7 @@ test('several widths: config groups by patterns', async () => {
   expect(Object.keys(config_groups)).toHaveLength(3);
   const ofLayer0 = Object.values(config_groups).find((g) => g.weights.num_bits === 2)!;
   expect(ofLayer0.targets).toContain('re:^model\\.layers\\.0\\.mlp\\.experts\\..+$');
-  await compare(source, output);
+  await compare(source, output, 1);
 });
 
 test('what vLLM runs in one kernel must be alike', async () => {
@@ -196,7 +99,7 @@ describeWith('goldens/mixtral', 'experts under other names', () => {
     );
     const output = join(dir, 'mixtral-out');
     await exportCheckpoint(source, { format: 'compressed-tensors', output });
-    await compare(source, output);
+    await compare(source, output, 1);
     const config = readJson(join(output, 'config.json')).quantization_config as Record<string, unknown>;
     for (const name of ['gate_proj', 'up_proj', 'down_proj'])
       expect(settingOf(config, `model.layers.1.block_sparse_moe.experts.0.${name}`)?.num_bits).toBe(4);

@@ -72,7 +72,10 @@ describe('the library', () => {
 
   test('inspects without downloading weights, and by the same figures', async () => {
     const { path: _, ...info } = await inspectModel(bundled);
-    expect(await inspectModel(NAME)).toEqual({ path: NAME, ...info });
+    const messages: string[] = [];
+    const onProgress = ({ message }: { message: string }) => messages.push(message);
+    expect(await inspectModel(NAME, { onProgress })).toEqual({ path: NAME, ...info });
+    expect(messages.at(-1)).toBe('reading headers of test/trio: 1 of 1 files');
     // One request brings 256 KiB; the header is a part of that.
     expect(hub.sent(WEIGHTS)).toBeLessThan(2 ** 20);
     hub.faults.push({ url: WEIGHTS, cutAfter: 100 }, { url: WEIGHTS, ignoreRange: true });
@@ -120,6 +123,21 @@ describe('the library', () => {
 });
 
 describe('the command line', () => {
+  test('quantize, then export what was put on the hub', async () => {
+    const output = join(dir, 'quantized');
+    const quantized = await run('quantize', NAME, '-o', output, '--method', 'rtn', '--router', 'none');
+    expect([quantized.status, quantized.stdout]).toEqual([0, expect.stringContaining('written')]);
+    hub.add(
+      'test/small',
+      Object.fromEntries(readdirSync(output).map((n) => [n, readFileSync(join(output, n))])),
+    );
+    const exported = join(dir, 'exported');
+    const { status } = await run('export', 'hf:test/small', '--format', 'gptq', '-o', exported);
+    expect([status, existsSync(join(exported, 'config.json'))]).toEqual([0, true]);
+    const generate = await run('generate', 'hf:test/small', '-p', prompt, '-n', '4');
+    expect(generate.stdout).toBe((await run('generate', output, '-p', prompt, '-n', '4')).stdout);
+  });
+
   test('inspect', async () => {
     const { status, stdout, stderr } = await run('inspect', NAME);
     expect([status, stderr]).toEqual([0, expect.stringContaining('test/trio: configuration')]);

@@ -12,10 +12,11 @@ import { MoeModel } from '../../lib/model/model';
 import { pruneExperts } from '../../lib/prune/pesf';
 import { quantizeMoE } from '../../lib/quantize';
 import type { Progress, QuantizeOptions, QuantizeReport } from '../../lib/quantize/options';
-import type { QuantMatrix, Tensor } from '../../types/native';
+import type { QuantMatrix } from '../../types/native';
 import { describeWith, readJson, scratch, shared } from '../checkpoint/helpers';
 import { shows } from '../families/shows';
 import { TINY_CONFIG, writeSynthetic } from '../synthetic';
+import { dequantize } from './gptq-layout';
 import { FEW, logitsOf, randomIds, relativeError, TRIO } from './helpers';
 
 const dir = scratch();
@@ -129,41 +130,6 @@ describe.each(CALIBRATIONS)('the bundled model, calibrated with %s', (kind, cali
     );
   });
 });
-
-/** Codes of `bits` bits from columns of words: down each column runs one string of bits, the lowest first. [columns][count] */
-function unpackColumns(words: Int32Array, columns: number, bits: number, count: number): number[][] {
-  const unpack = (column: number, i: number) => {
-    const [word, shift] = [(i * bits) >> 5, (i * bits) & 31];
-    const low = words[word * columns + column]! >>> shift;
-    const high = shift + bits > 32 ? words[(word + 1) * columns + column]! << (32 - shift) : 0;
-    return (low | high) & ((1 << bits) - 1);
-  };
-  return Array.from({ length: columns }, (_, c) => Array.from({ length: count }, (_, i) => unpack(c, i)));
-}
-
-/** W [out, in] from the four tensors as they lie in the file, by the letter of the format. */
-function dequantize(checkpoint: Checkpoint, module: string, bits: number): Float32Array {
-  const read = (part: string) => checkpoint.tensor(`${module}.${part}`);
-  const [qweight, qzeros, scales, gIdx] = ['qweight', 'qzeros', 'scales', 'g_idx'].map(read) as Tensor[];
-  const [groups, out] = scales!.shape as [number, number];
-  const inputs = gIdx!.shape[0]!;
-  const codes = unpackColumns(qweight!.toArray() as Int32Array, out, bits, inputs);
-  const zeroWords = qzeros!.toArray() as Int32Array;
-  const zeros = Array.from({ length: groups }, (_, g) => {
-    const width = zeroWords.length / groups;
-    return unpackColumns(zeroWords.slice(g * width, (g + 1) * width), 1, bits, out)[0]!;
-  });
-  const scale = scales!.toArray();
-  const group = gIdx!.toArray();
-  const w = new Float32Array(out * inputs);
-  for (let r = 0; r < out; r++) {
-    for (let c = 0; c < inputs; c++) {
-      const g = group[c]!;
-      w[r * inputs + c] = scale[g * out + r]! * (codes[r]![c]! - zeros[g]![r]!);
-    }
-  }
-  return w;
-}
 
 const bytesOf = (values: Float32Array) => new Uint8Array(values.buffer, values.byteOffset, values.byteLength);
 
