@@ -23,8 +23,19 @@ export async function calibrationSequences(
   model: MoeModel,
   request: CalibrationRequest,
 ): Promise<Int32Array[]> {
+  const { source } = request;
+  return source === 'self' ? sampleSelf(model, request) : givenSequences(model, { ...request, source });
+}
+
+/** What texts and token ids need of a model: no weights. */
+export type Vocabulary = Pick<MoeModel, 'architecture' | 'tokenizer'>;
+
+/** `calibrationSequences` of texts or token ids. */
+export async function givenSequences(
+  model: Vocabulary,
+  request: Omit<CalibrationRequest, 'source'> & { source: Exclude<CalibrationSource, 'self'> },
+): Promise<Int32Array[]> {
   const { source, samples, seqLen, seed } = request;
-  if (source === 'self') return sampleSelf(model, request);
   if (!Array.isArray(source)) {
     throw new EacMoeError(
       'CALIBRATION',
@@ -44,7 +55,7 @@ export async function calibrationSequences(
 }
 
 /** All texts as one stream of tokens, an end-of-text token after each. */
-async function joinTexts(model: MoeModel, texts: string[], signal?: AbortSignal): Promise<Int32Array> {
+async function joinTexts(model: Vocabulary, texts: string[], signal?: AbortSignal): Promise<Int32Array> {
   const { tokenizer } = model;
   const end = tokenizer.eosIds[0];
   const ids: number[] = [];

@@ -12,10 +12,11 @@ import { EacMoeError } from '../errors';
 import { isHubReference, localModel } from '../hub';
 import { MoeModel, setDevice } from '../model/model';
 import { ProgramBuilder } from '../model/program';
+import { Tokenizer } from '../model/tokenizer';
 import { CheckpointWeights, layerMatrices } from '../model/weights';
 import { native, withSignal } from '../native';
 import { version } from '../version';
-import { calibrationSequences } from './calibration';
+import { calibrationSequences, givenSequences } from './calibration';
 import {
   advanceLayer,
   quantizeLayer,
@@ -145,18 +146,28 @@ class Quantizer {
   async #givenCalibration(): Promise<Int32Array[] | null> {
     const source = this.options.calibration ?? 'self';
     if (source === 'self' || !needsCalibration(this.recipe)) return null;
-    return this.#withModel((model) => calibrationSequences(model, { ...this.#request(), source }));
+    const { architecture, checkpoint } = this;
+    const vocabulary = {
+      architecture,
+      get tokenizer() {
+        return Tokenizer.load(checkpoint.dir);
+      },
+    };
+    return givenSequences(vocabulary, { ...this.#request(), source });
   }
 
   async #sequences(output: QuantizedOutput, given: Int32Array[] | null): Promise<Int32Array[]> {
     if (given || !needsCalibration(this.recipe)) return given ?? [];
     const saved = output.savedCalibration();
     if (saved) return saved;
-    const sampled = await this.#withModel((model) =>
-      calibrationSequences(model, { ...this.#request(), source: 'self' }),
-    );
-    await output.saveCalibration(sampled);
-    return sampled;
+    const model = await MoeModel.load(this.checkpoint.dir, { signal: this.options.signal });
+    try {
+      const sampled = await calibrationSequences(model, { ...this.#request(), source: 'self' });
+      await output.saveCalibration(sampled);
+      return sampled;
+    } finally {
+      model.dispose();
+    }
   }
 
   #request() {
@@ -164,15 +175,6 @@ class Quantizer {
     const onProgress = (f: number) =>
       this.#progress('sample', CHECK + f * (SAMPLE - CHECK), 'sampling calibration text');
     return { samples, seqLen, seed, signal: this.options.signal, onProgress };
-  }
-
-  async #withModel<T>(use: (model: MoeModel) => Promise<T>): Promise<T> {
-    const model = await MoeModel.load(this.checkpoint.dir);
-    try {
-      return await use(model);
-    } finally {
-      model.dispose();
-    }
   }
 
   /**

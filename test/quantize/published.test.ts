@@ -219,6 +219,13 @@ describe.each(Object.entries(MODELS))('%s and its twin', (title, { dtype, ...mod
     model.dispose();
   });
 
+  test('are quantized layer by layer: given calibration, the whole model is never loaded', async () => {
+    const load = jest.spyOn(MoeModel, 'load');
+    await quantizeCheckpoint(published, { ...OPTIONS, output: `${published}-unloaded` });
+    expect(load).not.toHaveBeenCalled();
+    load.mockRestore();
+  });
+
   test.each([
     ['round to nearest', { method: 'rtn', router: false }],
     ['gptq', {}],
