@@ -54,7 +54,7 @@ export class ExportJob {
     if (signal?.aborted) throw abortError(signal);
     this.#release();
     this.#last = name;
-    onProgress?.({ fraction: Math.min(1, this.#done / this.#total), message: `writing ${name}` });
+    onProgress?.({ fraction: Math.min(0.99, this.#done / this.#total), message: `writing ${name}` });
     this.#done += this.checkpoint.info(name).bytes;
     return this.checkpoint.tensor(name);
   }

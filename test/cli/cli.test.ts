@@ -236,6 +236,46 @@ describe('quantize', () => {
   });
 });
 
+describe('export', () => {
+  test('a file for llama.cpp, with what it cost', () => {
+    const output = join(dir, 'model.gguf');
+    const { status, stdout, stderr } = run('export', model, '--format', 'gguf', '-o', output);
+    expect([status, stdout.split('\n')[0]]).toEqual([0, `written  ${output}`]);
+    expect(stdout).toMatch(/\nBF16 +42 +19\.92 MB +exact\n/);
+    expect(stderr).toContain('100 % done');
+    expect(readFileSync(output).subarray(0, 4).toString()).toBe('GGUF');
+    const again = run('export', model, '--format', 'gguf', '-o', output);
+    expect([again.status, again.stdout]).toEqual([1, '']);
+    expect(again.stderr).toContain(`${output}: already exists`);
+  });
+
+  test('--json; options of another format are wrong usage', () => {
+    const source = join(dir, 'to-export');
+    json(
+      'quantize',
+      model,
+      '-o',
+      source,
+      '--method',
+      'rtn',
+      '--router',
+      'none',
+      '--bits',
+      '4',
+      '--symmetric',
+    );
+    const output = join(dir, 'exported');
+    const format = ['--format', 'compressed-tensors', '-o', output];
+    expect(run('export', source, ...format, '--gptq-version', '1')).toMatchObject({ status: 2, stdout: '' });
+    expect(json('export', source, ...format)).toMatchObject({
+      format: 'compressed-tensors',
+      output,
+      notes: [],
+    });
+    expect(readdirSync(output)).toContain('config.json');
+  });
+});
+
 describe('wrong usage exits 2 and says what is allowed', () => {
   test.each([
     [['frobnicate'], "unknown command 'frobnicate'"],

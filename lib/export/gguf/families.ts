@@ -6,6 +6,7 @@
  */
 import type { ModelConfig } from '../../checkpoint/config';
 import type { Architecture, MoeSpec } from '../../architecture';
+import type { Activation } from '../../../types/native';
 import type { GgufValue } from './writer';
 
 export interface GgufFamily {
@@ -17,6 +18,18 @@ export interface GgufFamily {
   renormalize: boolean | 'metadata';
   /** `expert_gating_func` and corrections of scores are read. */
   scores?: boolean;
+  /** As many key heads as query heads. */
+  equalHeads?: boolean;
+  /** Has layers without experts, all before the others. */
+  leadingDense?: boolean;
+  /** Default silu. */
+  activation?: Activation;
+  /** Biases in the router, sinks, a window in every other layer beginning with the first. */
+  gptOss?: boolean;
+  /** Latent attention; experts in groups that are worth their best two. */
+  latent?: boolean;
+  /** Rotary embeddings by yarn. */
+  yarn?: boolean;
   /** llama.cpp's name of the norm before the feed-forward. */
   ffnNorm?: string;
   /** The embedding is the head where the file has none; else it is written twice when tied. */
@@ -38,6 +51,28 @@ function sharedCount(a: Architecture): number {
   return shared ? shared.up.out / experts[0]!.up.out : 0;
 }
 
+const deepseek2: GgufFamily = {
+  arch: 'deepseek2',
+  neighbours: true,
+  renormalize: 'metadata',
+  scores: true,
+  tiedHead: true,
+  latent: true,
+  yarn: true,
+  leadingDense: true,
+  metadata: (config, a) => {
+    const { groups, scale } = moeLayer(a).router;
+    const all = config.rope.type === 'yarn' ? config.rope.fields.nonNegativeNumber('mscale_all_dim', 0) : 0;
+    return {
+      leading_dense_block_count: leadingDense(a),
+      expert_shared_count: sharedCount(a),
+      expert_weights_scale: { f32: scale },
+      ...(groups && { expert_group_count: groups.count, expert_group_used_count: groups.top }),
+      ...(all > 0 && { 'rope.scaling.yarn_log_multiplier': { f32: 0.1 * all } }),
+    };
+  },
+};
+
 export const GGUF_FAMILIES: ReadonlyMap<string, GgufFamily> = new Map<string, GgufFamily>([
   ['mixtral', { arch: 'llama', neighbours: true, renormalize: true, tiedHead: true }],
   ['qwen2_moe', { arch: 'qwen2moe', renormalize: false }],
@@ -46,7 +81,7 @@ export const GGUF_FAMILIES: ReadonlyMap<string, GgufFamily> = new Map<string, Gg
     {
       arch: 'phimoe',
       renormalize: true,
-      note: 'llama.cpp routes Phi-3.5-MoE by a softmax over all experts, not by the sparse mixer: its results differ from those of the original model',
+      note: 'llama.cpp normalises Phi-3.5-MoE by the root mean square, not by mean and variance, and routes by a softmax over all experts, not by the sparse mixer: its results differ from those of the original model',
     },
   ],
   [
@@ -55,6 +90,7 @@ export const GGUF_FAMILIES: ReadonlyMap<string, GgufFamily> = new Map<string, Gg
       arch: 'deepseek',
       neighbours: true,
       renormalize: false,
+      leadingDense: true,
       metadata: (_, a) => ({
         leading_dense_block_count: leadingDense(a),
         expert_shared_count: sharedCount(a),
@@ -62,7 +98,7 @@ export const GGUF_FAMILIES: ReadonlyMap<string, GgufFamily> = new Map<string, Gg
       }),
     },
   ],
-  ['olmoe', { arch: 'olmoe', renormalize: false }],
+  ['olmoe', { arch: 'olmoe', renormalize: false, equalHeads: true }],
   ['qwen3_moe', { arch: 'qwen3moe', renormalize: true }],
   [
     'granitemoe',
@@ -85,6 +121,7 @@ export const GGUF_FAMILIES: ReadonlyMap<string, GgufFamily> = new Map<string, Gg
       renormalize: 'metadata',
       scores: true,
       ffnNorm: 'post_attention_norm',
+      leadingDense: true,
       metadata: (_, a) => ({
         leading_dense_block_count: leadingDense(a),
         expert_shared_count: sharedCount(a),
@@ -100,11 +137,25 @@ export const GGUF_FAMILIES: ReadonlyMap<string, GgufFamily> = new Map<string, Gg
       neighbours: true,
       renormalize: true,
       scores: true,
+      leadingDense: true,
       metadata: (config, a) => ({
         interleave_moe_layer_step: config.positiveInteger('moe_layer_interval', 1),
         leading_dense_block_count: leadingDense(a),
         expert_shared_count: sharedCount(a),
       }),
+    },
+  ],
+  ['deepseek_v2', deepseek2],
+  ['deepseek_v3', deepseek2],
+  [
+    'gpt_oss',
+    {
+      arch: 'gpt-oss',
+      renormalize: true,
+      activation: 'clamped-swiglu',
+      gptOss: true,
+      yarn: true,
+      ffnNorm: 'post_attention_norm',
     },
   ],
   ['hunyuan_v1_moe', { arch: 'hunyuan-moe', renormalize: true }],

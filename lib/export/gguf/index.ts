@@ -43,7 +43,7 @@ export async function exportGguf(job: ExportJob): Promise<Result> {
 
 const size = (shape: readonly number[]): number => shape.reduce((a, b) => a * b, 1);
 
-/** Reads everything twice: to choose types, which the file begins with, and to write. */
+/** Quantized matrices are read twice: to choose types, with which the file begins, and to write. */
 function progressReader(job: ExportJob, plans: TensorPlan[]): MatrixReader {
   const total = plans.reduce((sum, p) => sum + ('matrices' in p.from ? size(p.shape) : 0), 0);
   const quantized = [...job.modules.values()].reduce((sum, m) => sum + m.out * m.in, 0);
@@ -51,7 +51,7 @@ function progressReader(job: ExportJob, plans: TensorPlan[]): MatrixReader {
   return new MatrixReader(job, ({ weight, out, in: inputs }) => {
     done += out * inputs;
     const message = done <= quantized ? `measuring ${weight}` : `writing ${weight}`;
-    job.options.onProgress?.({ fraction: Math.min(1, done / (total + quantized)), message });
+    job.options.onProgress?.({ fraction: (0.99 * done) / (total + quantized), message });
   });
 }
 

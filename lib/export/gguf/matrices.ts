@@ -63,7 +63,6 @@ export class MatrixReader {
     } finally {
       this.#weights.release([spec]);
       this.job.checkpoint.release([spec.weight]);
-      this.onRead(spec);
     }
   }
 
@@ -78,13 +77,16 @@ export class MatrixReader {
     if (quantized.length === 0) return { type: await this.#denseType(specs[0]!), ...none };
     if (quantized.length < specs.length) return { type: 'F32', ...none };
     const loss: Loss = noLoss();
-    for (const spec of specs) await this.#with(spec, (matrix) => this.#measure(matrix as Codes, loss));
+    for (const spec of specs) {
+      await this.#with(spec, (matrix) => this.#measure(matrix as Codes, loss));
+      this.onRead(spec);
+    }
     const index = loss.errors.findIndex((error) => error <= maxLoss ** 2 * loss.energy);
     return { type: CANDIDATES[index]!, error: loss.errors[index]!, energy: loss.energy };
   }
 
   async #denseType(spec: LinearSpec): Promise<GgmlTypeName> {
-    const { dtype } = await this.#with(spec, (matrix) => Promise.resolve(matrix as Tensor));
+    const dtype = await this.#with(spec, (matrix) => Promise.resolve((matrix as Tensor).dtype));
     return DENSE.get(dtype) ?? 'F32';
   }
 
@@ -98,7 +100,10 @@ export class MatrixReader {
 
   /** The bytes of such a tensor, some rows at a time. Row r is row order[r] of the matrix. */
   async *bytes(specs: LinearSpec[], type: GgmlTypeName, order?: number[]): AsyncGenerator<Uint8Array> {
-    for (const spec of specs) yield* await this.#with(spec, (matrix) => this.#encode(matrix, type, order));
+    for (const spec of specs) {
+      yield* await this.#with(spec, (matrix) => this.#encode(matrix, type, order));
+      this.onRead(spec);
+    }
   }
 
   async #encode(matrix: Codes | Tensor, type: GgmlTypeName, order?: number[]): Promise<Uint8Array[]> {

@@ -1,5 +1,5 @@
 /** A model's shape as GGUF metadata, and whether llama.cpp computes what the architecture says. */
-import type { Architecture, AttentionSpec, MoeSpec, RopeSpec } from '../../architecture';
+import type { Architecture, AttentionSpec, LayerSpec, MoeSpec, RopeSpec } from '../../architecture';
 import type { ModelConfig } from '../../checkpoint/config';
 import { EacMoeError } from '../../errors';
 import { GGUF_FAMILIES, type GgufFamily } from './families';
@@ -22,24 +22,32 @@ export function familyOf(config: ModelConfig): GgufFamily {
   return family;
 }
 
-/** The grouped-query attention that all layers have but for windows. */
-function attentionOf(
-  config: ModelConfig,
-  { layers }: Architecture,
-): Extract<AttentionSpec, { kind: 'grouped' }> {
-  const attention = layers[0]!.attention;
-  if (attention.kind !== 'grouped') return unsupported(config, 'latent attention cannot be written as gguf');
-  return attention;
-}
-
 /** Fails where llama.cpp's model of the family would compute something else. */
 export function checkFamily(config: ModelConfig, architecture: Architecture, family: GgufFamily): void {
   const fail = (what: string): never => unsupported(config, `llama.cpp's '${family.arch}' ${what}`);
+  const isMoe = architecture.layers.map(({ feedForward }) => feedForward.kind === 'moe');
+  const first = isMoe.indexOf(true);
+  if (first > 0 && !family.leadingDense) fail('has no layers without experts');
+  if (isMoe.indexOf(false, first) >= 0) fail('has no layers without experts behind others');
+  const slides = ({ attention: a }: LayerSpec, i: number) =>
+    a.kind === 'grouped' && a.window > 0 === (i % 2 === 0);
+  if (family.gptOss && !architecture.layers.every(slides)) fail('has a window in every other layer');
   for (const { attention, feedForward } of architecture.layers) {
-    if (feedForward.activation !== 'silu') fail(`has no activation '${feedForward.activation}'`);
-    if (attention.kind === 'grouped' && attention.sinks) fail('has no attention sinks');
+    if (feedForward.activation !== (family.activation ?? 'silu'))
+      fail(`has no activation '${feedForward.activation}'`);
+    checkAttention(attention, family, fail);
     if (feedForward.kind === 'moe') checkRouter(feedForward.router, family, fail);
   }
+}
+
+function checkAttention(a: AttentionSpec, family: GgufFamily, fail: (what: string) => never): void {
+  if ((a.kind === 'latent') !== Boolean(family.latent)) fail(`has no ${a.kind} attention`);
+  if (a.kind === 'latent') {
+    if (!a.rope.interleaved) fail('has neighbouring rotary pairs');
+    return;
+  }
+  if (family.equalHeads && a.heads !== a.kvHeads) fail('has as many key heads as query heads');
+  if (Boolean(a.sinks) !== Boolean(family.gptOss)) fail(`has ${a.sinks ? 'no ' : ''}attention sinks`);
 }
 
 function checkRouter(router: MoeSpec['router'], family: GgufFamily, fail: (what: string) => never): void {
@@ -53,8 +61,9 @@ function checkRouter(router: MoeSpec['router'], family: GgufFamily, fail: (what:
     );
   if (!family.scores && (router.scoring === 'sigmoid' || router.correction))
     fail('scores experts by a softmax alone');
-  if (router.groups && router.groups.count > 1) fail('has no groups of experts');
-  if (router.bias) fail('has no bias in its router');
+  const groups = router.groups && router.groups.count > 1 ? router.groups : undefined;
+  if (groups && !(family.latent && groups.best === 2)) fail('has no groups of experts like these');
+  if (router.bias && !family.gptOss) fail('has no bias in its router');
 }
 
 /** The base under which these frequencies are base^(-2i / dim), times 1 / factor; undefined where they are not. */
@@ -70,7 +79,7 @@ export function ropeBase({ frequencies, dim }: RopeSpec): { base: number; factor
   return fits ? { base, factor } : undefined;
 }
 
-function ropeMetadata(config: ModelConfig, rope: RopeSpec): Record<string, GgufValue> {
+function ropeMetadata(config: ModelConfig, rope: RopeSpec, family: GgufFamily): Record<string, GgufValue> {
   const dimensions = { 'rope.dimension_count': rope.dim };
   const plain = ropeBase(rope);
   if (plain && !rope.long && rope.scale === 1) {
@@ -88,10 +97,42 @@ function ropeMetadata(config: ModelConfig, rope: RopeSpec): Record<string, GgufV
       'rope.scaling.attn_factor': { f32: rope.scale },
     };
   }
+  const { theta, fields, type, originalMaxPositions } = config.rope;
+  if (type === 'yarn' && family.yarn && theta !== undefined && originalMaxPositions) {
+    return {
+      ...dimensions,
+      'rope.freq_base': { f32: theta },
+      'rope.scaling.type': 'yarn',
+      'rope.scaling.factor': { f32: fields.positiveNumber('factor') },
+      'rope.scaling.original_context_length': originalMaxPositions,
+      'rope.scaling.yarn_beta_fast': { f32: fields.positiveNumber('beta_fast', 32) },
+      'rope.scaling.yarn_beta_slow': { f32: fields.positiveNumber('beta_slow', 1) },
+    };
+  }
   return unsupported(
     config,
     `a rotary embedding of type '${config.rope.type}' like this cannot be written as gguf`,
   );
+}
+
+function attentionMetadata(a: AttentionSpec): Record<string, GgufValue> {
+  if (a.kind === 'grouped') {
+    return {
+      'attention.head_count': a.heads,
+      'attention.head_count_kv': a.kvHeads,
+      'attention.key_length': a.headDim,
+      'attention.value_length': a.headDim,
+    };
+  }
+  // Without key_length_mla llama.cpp takes the checkpoint's own matrices, whose rows quantized groups need, and caches keys and values.
+  return {
+    'attention.head_count': a.heads,
+    'attention.head_count_kv': a.heads,
+    'attention.key_length': a.nopeDim + a.ropeDim,
+    'attention.value_length': a.valueDim,
+    'attention.kv_lora_rank': a.rank,
+    ...(a.qDown && { 'attention.q_lora_rank': a.qDown.out }),
+  };
 }
 
 /** Everything but the tokenizer. `name`: for people. */
@@ -101,7 +142,7 @@ export function modelMetadata(
   family: GgufFamily,
   name: string,
 ): Record<string, GgufValue> {
-  const attention = attentionOf(config, architecture);
+  const { attention } = architecture.layers[0]!;
   const moe = architecture.layers.map((l) => l.feedForward).find((f) => f.kind === 'moe')!;
   const dense = architecture.layers.map((l) => l.feedForward).find((f) => f.kind === 'dense');
   const { router, experts, shared } = moe;
@@ -111,18 +152,18 @@ export function modelMetadata(
   );
   const own: Record<string, GgufValue> = {
     // Within the smallest window there is none to see.
-    context_length: Math.min(architecture.maxPositions, ...windows),
+    context_length: family.gptOss
+      ? architecture.maxPositions
+      : Math.min(architecture.maxPositions, ...windows),
+    ...(family.gptOss && { 'attention.sliding_window': windows[0]! }),
     embedding_length: architecture.hiddenSize,
     block_count: architecture.layers.length,
     feed_forward_length: dense?.up.out ?? config.positiveInteger('intermediate_size', width),
     vocab_size: architecture.vocabSize,
-    'attention.head_count': attention.heads,
-    'attention.head_count_kv': attention.kvHeads,
-    'attention.key_length': attention.headDim,
-    'attention.value_length': attention.headDim,
+    ...attentionMetadata(attention),
     'attention.layer_norm_rms_epsilon': { f32: architecture.norm.eps },
     'attention.layer_norm_epsilon': { f32: architecture.norm.eps },
-    ...ropeMetadata(config, attention.rope),
+    ...ropeMetadata(config, attention.rope, family),
     expert_count: experts.length,
     expert_used_count: router.topK,
     expert_feed_forward_length: width,

@@ -4,6 +4,7 @@ import type {
   AttentionSpec,
   GluSpec,
   GroupedAttentionSpec,
+  LatentAttentionSpec,
   LayerSpec,
   LinearSpec,
   NormSpec,
@@ -81,16 +82,30 @@ function attention(plans: Plans, prefix: string, a: GroupedAttentionSpec, family
   plans.linear(`${prefix}.attn_k`, a.k, turn(a.k.out));
   plans.linear(`${prefix}.attn_v`, a.v);
   plans.linear(`${prefix}.attn_output`, a.o);
+  plans.values(`${prefix}.attn_sinks.weight`, a.sinks, a.heads);
   if (a.norms) {
     plans.norm(`${prefix}.attn_q_norm`, a.norms.q);
     plans.norm(`${prefix}.attn_k_norm`, a.norms.k);
   }
 }
 
+function latentAttention(plans: Plans, prefix: string, a: LatentAttentionSpec): void {
+  if (a.qDown) {
+    plans.linear(`${prefix}.attn_q_a`, a.qDown);
+    plans.norm(`${prefix}.attn_q_a_norm`, a.qDown.norm);
+  }
+  plans.linear(`${prefix}.attn_q${a.qDown ? '_b' : ''}`, a.q);
+  plans.linear(`${prefix}.attn_kv_a_mqa`, a.kvDown);
+  plans.norm(`${prefix}.attn_kv_a_norm`, a.kvNorm);
+  plans.linear(`${prefix}.attn_kv_b`, a.kvUp);
+  plans.linear(`${prefix}.attn_output`, a.o);
+}
+
 function layer(plans: Plans, index: number, spec: LayerSpec, family: GgufFamily): void {
   const prefix = `blk.${index}`;
   plans.norm(`${prefix}.attn_norm`, spec.attentionNorm);
   if (spec.attention.kind === 'grouped') attention(plans, prefix, spec.attention, family);
+  else latentAttention(plans, prefix, spec.attention);
   plans.norm(`${prefix}.${family.ffnNorm ?? 'ffn_norm'}`, spec.feedForwardNorm);
   const { feedForward } = spec;
   if (feedForward.kind === 'dense') return plans.glu(prefix, '', feedForward);
@@ -101,6 +116,8 @@ function layer(plans: Plans, index: number, spec: LayerSpec, family: GgufFamily)
     shape: [router.in, router.out],
     from: { values: router.weight },
   });
+  if (hasBias(router))
+    plans.list.push({ name: `${prefix}.ffn_gate_inp.bias`, shape: [router.out], from: { biases: [router] } });
   plans.values(`${prefix}.exp_probs_b.bias`, router.correction?.tensor, experts.length);
   plans.experts(prefix, experts);
   if (!shared) return;
