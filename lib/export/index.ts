@@ -41,7 +41,8 @@ function checkOptions(options: ExportOptions): void {
 }
 
 /**
- * Writes the quantized checkpoint `path`, a directory or `hf:<owner>/<name>[@revision]`, in a format of other programs: GPTQ (GPTQModel, transformers, vLLM, SGLang),
+ * Writes the quantized checkpoint `path`, a directory or `hf:<owner>/<name>[@revision]`, in a format of other programs: GPTQ (GPTQModel,
+ * transformers, vLLM, SGLang),
  * compressed-tensors (vLLM, SGLang) or GGUF (llama.cpp). One tensor, for gguf one expert, is in memory at a time. The output appears under
  * its name when it is whole; a process killed before leaves a hidden file or directory '.<name>.tmp-...' beside it.
  *

@@ -58,7 +58,7 @@ for (const family of SUPPORTED_MODEL_TYPES) {
       expect(await logits(first)).toEqual(await logits(source));
     });
 
-    test(`compressed-tensors, as vLLM takes it ${shows(family, 'compressed-tensors')}`, async () => {
+    test(`compressed-tensors, by the rules of vLLM's kernels ${shows(family, 'compressed-tensors')}`, async () => {
       const source = await rounded(
         dir,
         `${family}-4bit`,

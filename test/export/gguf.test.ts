@@ -44,19 +44,17 @@ withPeer('llama.cpp reads it', () => {
   }
 
   // Keys and values are f16 in llama.cpp; activations float32, as the weights are.
-  test.each(Object.keys(FAMILIES).map((family) => [family, shows(family, 'gguf')]))(
-    '%s: logits agree %s',
-    async (family) => {
-      const source = await writeFamily(join(dir, family), family);
-      const output = join(dir, `${family}.gguf`);
-      const { types, notes } = await exportCheckpoint(source, { format: 'gguf', output });
-      expect(types.map((t) => [t.type, t.loss])).toEqual([['F32', 0]]);
-      expect(notes).toEqual([]);
-      expect(relativeError(await peerLogits(output), await ours(source))).toBeLessThan(2e-3);
-    },
-  );
+  const marked = Object.keys(FAMILIES).map((family) => [shows(family, 'gguf'), family] as const);
+  test.each(marked)('%s: logits agree', async (_, family) => {
+    const source = await writeFamily(join(dir, family), family);
+    const output = join(dir, `${family}.gguf`);
+    const { types, notes } = await exportCheckpoint(source, { format: 'gguf', output });
+    expect(types.map((t) => [t.type, t.loss])).toEqual([['F32', 0]]);
+    expect(notes).toEqual([]);
+    expect(relativeError(await peerLogits(output), await ours(source))).toBeLessThan(2e-3);
+  });
 
-  test('phimoe: the rest is near without experts, and what llama.cpp does otherwise is said', async () => {
+  test(`the rest is near without experts, and what llama.cpp does otherwise is said ${shows('phimoe', 'gguf', 'differs')}`, async () => {
     const source = await writeFamily(join(dir, 'phimoe'), 'phimoe', PHIMOE, 0);
     const output = join(dir, 'phimoe.gguf');
     const { notes } = await exportCheckpoint(source, { format: 'gguf', output });

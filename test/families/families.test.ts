@@ -30,6 +30,8 @@ test('a family can do what all tests with its mark show', () => {
   expect(failed.get('mixtral: forward')).toBe('failed');
   const skipped = cellsOf([...tests, { fullName: `${forward} backwards`, status: 'pending' }]);
   expect(skipped.get('mixtral: forward')).toBe('skipped');
+  const differs = cellsOf([...tests, passed(shows('mixtral', 'forward', 'differs'))]);
+  expect(differs.get('mixtral: forward')).toBe('differs');
   expect(() => cellsOf([passed('[mixtral: fly]')])).toThrow("'mixtral: fly'");
 });
 

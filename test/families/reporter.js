@@ -19,7 +19,7 @@ const COLUMNS = {
 const CURE = 'run `npm run docs:families` and commit docs/families.md';
 
 /**
- * What tests say of each `family: capability`: `yes` or `refused` where all of them passed, `failed` where one did not, `skipped` where not all
+ * What tests say of each `family: capability`: `yes`, `refused` or `differs` where all of them passed, `failed` where one did not, `skipped` where not all
  * ran.
  *
  * @param {{ fullName: string, status: string }[]} tests
@@ -27,13 +27,12 @@ const CURE = 'run `npm run docs:families` and commit docs/families.md';
  */
 function cellsOf(tests) {
   const cells = new Map();
-  const rank = ['yes', 'refused', 'skipped', 'failed'];
+  const rank = ['yes', 'refused', 'differs', 'skipped', 'failed'];
   for (const { fullName, status } of tests) {
-    for (const [, cell, refused] of fullName.matchAll(/\[(\w+: [-\w]+)( refused)?\]/g)) {
-      const passed = refused ? 'refused' : 'yes';
+    for (const [, cell, passed = 'yes'] of fullName.matchAll(/\[(\w+: [-\w]+)(?: (refused|differs))?\]/g)) {
       const said = status === 'passed' ? passed : status === 'failed' ? 'failed' : 'skipped';
       const before = cells.get(cell);
-      // Who both can and is refused says that something is refused.
+      // Of several, the one that promises least.
       if (before === undefined || rank.indexOf(said) > rank.indexOf(before)) cells.set(cell, said);
     }
   }
@@ -54,7 +53,7 @@ function tableOf(cells) {
       `\`${family}\``,
       ...Object.keys(COLUMNS).map((capability) => {
         const said = cells.get(`${family}: ${capability}`);
-        return said === 'yes' || said === 'refused' ? said : '';
+        return ['yes', 'refused', 'differs'].includes(said) ? said : '';
       }),
     ]),
   ];
