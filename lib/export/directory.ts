@@ -1,6 +1,7 @@
 /** Writing an exported checkpoint: a model directory that appears under its name when it is whole. */
+import { randomUUID } from 'node:crypto';
 import { existsSync, readdirSync } from 'node:fs';
-import { mkdtemp, rename, rm } from 'node:fs/promises';
+import { mkdir, rename, rm } from 'node:fs/promises';
 import { basename, dirname, join, resolve } from 'node:path';
 import {
   checkSpace,
@@ -48,7 +49,9 @@ export async function writeDirectory(
   checkFree(to);
   await checkSpace(to, source.byteLength);
   await makeDirectory(dirname(to));
-  const temporary = await mkdtemp(join(dirname(to), `.${basename(to)}.tmp-`));
+  // Not mkdtemp, whose directories nobody else may read.
+  const temporary = join(dirname(to), `.${basename(to)}.tmp-${randomUUID().slice(0, 8)}`);
+  await mkdir(temporary);
   try {
     const bytes = await writeWeights(temporary, source, content);
     await copyCompanionFiles(source.dir, temporary);

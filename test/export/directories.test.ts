@@ -1,4 +1,5 @@
 /** GPTQ and compressed-tensors directories of every family, read back by the definitions of the formats. */
+import { mkdirSync, statSync } from 'node:fs';
 import { join } from 'node:path';
 import { SUPPORTED_MODEL_TYPES, describe as architectureOf } from '../../lib/architecture';
 import { requiredTensors } from '../../lib/architecture/tensors';
@@ -39,6 +40,14 @@ async function compareGptq(source: string, output: string): Promise<number> {
   }
   return quantized;
 }
+
+test('who may read other new directories may read an exported one', async () => {
+  const source = await rounded(dir, 'readable', { bits: 4 });
+  const [output, other] = [join(dir, 'readable-gptq'), join(dir, 'other')];
+  await exportCheckpoint(source, { format: 'gptq', output });
+  mkdirSync(other);
+  expect(statSync(output).mode).toBe(statSync(other).mode);
+});
 
 for (const family of SUPPORTED_MODEL_TYPES) {
   describeWith(`goldens/${family}/config.json`, `${family} for other programs`, () => {
