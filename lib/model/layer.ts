@@ -3,9 +3,10 @@
  * between them (calibration) or decide between them (pruning).
  */
 import type { Register, RegisterSpec, RouterSpec } from '../../types/native';
+import { biasOf } from '../architecture/storage';
 import type { GluSpec, LayerSpec, MoeSpec, RouterOptions } from '../architecture/types';
 import { pushAttention, type AttentionInput } from './attention';
-import { hasBias, pushLinear, pushNorm, type WeightSource } from './linear';
+import { pushLinear, pushNorm, type WeightSource } from './linear';
 import type { ProgramBuilder, Range } from './program';
 
 type Rows = RegisterSpec['rows'];
@@ -136,7 +137,7 @@ function pushExperts(
         ...(shared.outputGate && { outputGate: w.matrix(shared.outputGate) }),
       },
     }),
-    ...(hasBias(moe.experts[0]!.gate) && {
+    ...(biasOf(moe.experts[0]!.gate) && {
       biases: { gate: biases('gate'), up: biases('up'), down: biases('down') },
     }),
     add: branch.add,

@@ -1,5 +1,6 @@
 /** The operations that have weights of their own: linear layers and norms. */
 import type { Matrix, Register, Tensor } from '../../types/native';
+import { biasOf } from '../architecture/storage';
 import type { LinearSpec, NormSpec } from '../architecture/types';
 import { native } from '../native';
 import type { ProgramBuilder } from './program';
@@ -27,8 +28,6 @@ export function pushNorm(
   }
 }
 
-export const hasBias = ({ bias, fused }: LinearSpec): boolean => (bias ?? fused?.bias) !== undefined;
-
 export function pushLinear(
   b: ProgramBuilder,
   w: WeightSource,
@@ -37,6 +36,6 @@ export function pushLinear(
   out: Register,
   add = false,
 ): void {
-  const bias = hasBias(spec) ? w.bias(spec) : undefined;
+  const bias = biasOf(spec) ? w.bias(spec) : undefined;
   b.push({ op: 'linear', x, out, weight: w.matrix(spec), bias, add });
 }

@@ -9,8 +9,6 @@
 namespace eac::addon {
 namespace {
 
-using Info = const Napi::CallbackInfo&;
-
 Napi::Value info_object(Info info) {
   Napi::Object o = Napi::Object::New(info.Env());
   o["version"] = EAC_MOE_VERSION;
@@ -65,10 +63,6 @@ Napi::Value create_kv_cache(Info info) {
     widths.push_back({int64_t(number_from(o, "keyWidth")), int64_t(number_from(o, "valueWidth"))});
   }
   return KvCacheHandle::wrap(info.Env(), std::make_shared<KvCache>(std::move(widths)));
-}
-
-template <Napi::Value (*f)(Info)> Napi::Value exported(Info info) {
-  return guarded(info.Env(), [&] { return f(info); });
 }
 
 // When an environment ends, its jobs stop at their next poll instead of being waited for.

@@ -7,8 +7,6 @@
 namespace eac::addon {
 namespace {
 
-using Info = const Napi::CallbackInfo&;
-
 Napi::Value js_limit_buffer(Info info) {
   const double bytes = info[0].ToNumber();
   if (!(bytes >= 0 && bytes <= 0x1p40)) throw_invalid("bufferBytes must be between 0 (default) and 1 TiB");
@@ -50,10 +48,6 @@ Napi::Value js_random_matrix(Info info) {
       info.Env(), info[4],
       [=] { return random_quant_matrix(int64_t(rows), int64_t(cols), bits, group_size, symmetric, uint64_t(seed)); },
       [](Napi::Env env, QuantMatrix& q) { return QuantMatrixHandle::wrap(env, std::make_shared<QuantMatrix>(std::move(q))); });
-}
-
-template <Napi::Value (*f)(Info)> Napi::Value exported(Info info) {
-  return guarded(info.Env(), [&] { return f(info); });
 }
 
 }  // namespace

@@ -5,8 +5,6 @@
 namespace eac::addon {
 namespace {
 
-using Info = const Napi::CallbackInfo&;
-
 int64_t count_from(const Napi::Object& o, const char* key, int64_t least) {
   const double d = number_from(o, key);
   if (!(d >= double(least) && d <= 0x1p52) || d != double(int64_t(d)))
@@ -59,10 +57,6 @@ Napi::Value js_decode_mxfp4(Info info) {
   same_shape(*blocks, scales->rows(), 16 * scales->cols(), "blocks");
   const RowRange part = range_from(info[2], scales->rows());
   return start(info, 3, [blocks, scales, part] { return decode_mxfp4(*blocks, *scales, part); });
-}
-
-template <Napi::Value (*f)(Info)> Napi::Value exported(Info info) {
-  return guarded(info.Env(), [&] { return f(info); });
 }
 
 }  // namespace

@@ -173,6 +173,12 @@ inline double number_from(const Napi::Object& o, const char* key) {
 }
 inline bool bool_from(const Napi::Object& o, const char* key) { return o.Get(key).ToBoolean().Value(); }
 
+using Info = const Napi::CallbackInfo&;
+// A function as JavaScript calls it: what f throws becomes a JavaScript error.
+template <Napi::Value (*f)(Info)> Napi::Value exported(Info info) {
+  return guarded(info.Env(), [&] { return f(info); });
+}
+
 void define_kernels(Napi::Env env, Napi::Object exports);
 void define_convert(Napi::Env env, Napi::Object exports);
 void define_bench(Napi::Env env, Napi::Object exports);

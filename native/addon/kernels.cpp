@@ -12,8 +12,6 @@
 namespace eac::addon {
 namespace {
 
-using Info = const Napi::CallbackInfo&;
-
 QuantOptions quant_options(const Napi::Value& v) {
   const Napi::Object o = v.As<Napi::Object>();
   QuantOptions q{int(number_from(o, "bits")), int64_t(number_from(o, "groupSize")), bool_from(o, "symmetric"),
@@ -388,10 +386,6 @@ Napi::Value js_top_rows(Info info) {
         std::copy(v.begin(), v.end(), a.Data());
         return a;
       });
-}
-
-template <Napi::Value (*f)(Info)> Napi::Value exported(Info info) {
-  return guarded(info.Env(), [&] { return f(info); });
 }
 
 }  // namespace

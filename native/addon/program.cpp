@@ -25,18 +25,17 @@ struct Reader {
     return v;
   }
   std::vector<Matrix> matrices(const char* key) const {
-    if (!o.Get(key).IsArray()) throw_invalid(std::string("expected an array of matrices for ") + key);
-    Napi::Array a = o.Get(key).As<Napi::Array>();
-    std::vector<Matrix> m;
-    for (uint32_t i = 0; i < a.Length(); i++) m.push_back(matrix_from(a.Get(i), key));
-    return m;
+    return list<Matrix>(key, "matrices", [key](const Napi::Value& v) { return matrix_from(v, key); });
   }
   std::vector<Tensor> tensors(const char* key) const {
-    if (!o.Get(key).IsArray()) throw_invalid(std::string("expected an array of tensors for ") + key);
-    Napi::Array a = o.Get(key).As<Napi::Array>();
-    std::vector<Tensor> t;
-    for (uint32_t i = 0; i < a.Length(); i++) t.push_back(*float_matrix_from(a.Get(i), key));
-    return t;
+    return list<Tensor>(key, "tensors", [key](const Napi::Value& v) { return *float_matrix_from(v, key); });
+  }
+  template <class T, class F> std::vector<T> list(const char* key, const char* of, F from) const {
+    if (!o.Get(key).IsArray()) throw_invalid(std::string("expected an array of ") + of + " for " + key);
+    const Napi::Array a = o.Get(key).As<Napi::Array>();
+    std::vector<T> items;
+    for (uint32_t i = 0; i < a.Length(); i++) items.push_back(from(a.Get(i)));
+    return items;
   }
   Activation activation() const {
     const std::string name = text("activation");

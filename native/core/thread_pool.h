@@ -27,6 +27,13 @@ void set_thread_count(int n);
 // Calls body(i) for every i in [0, n), in any order, on several threads; returns when all are done. The first exception
 // thrown by a body is rethrown here. Throws Error("ABORTED") if the cancellation flag of the calling job is raised.
 void parallel_for(int64_t n, FunctionRef<void(int64_t)> body);
+// body(i) for i in [0, n), `step` in a row a task: for bodies that are short.
+template <class F> void parallel_rows(int64_t n, int64_t step, F&& body) {
+  parallel_for((n + step - 1) / step, [&](int64_t task) {
+    const int64_t end = n < (task + 1) * step ? n : (task + 1) * step;
+    for (int64_t i = task * step; i < end; i++) body(i);
+  });
+}
 
 // Cancellation: a job installs its flag on the thread that runs it; parallel_for polls it between iterations.
 class CancelScope {

@@ -150,12 +150,6 @@ struct Executor {
   int32_t* ints(op::Register r) const { return f.memory_[size_t(r)].i32(); }
   int64_t width(op::Register r) const { return f.program_->registers[size_t(r)].width; }
   int64_t rows(op::Register r) const { return f.rows_of(r); }
-  template <class F> void for_rows(op::Register r, F body) const {
-    const int64_t n = rows(r), step = 16;
-    parallel_for((n + step - 1) / step, [&](int64_t task) {
-      for (int64_t i = task * step; i < std::min(n, (task + 1) * step); i++) body(i);
-    });
-  }
   // The sequences as the rows of a register hold them: with one row each, or one for every token.
   const std::vector<Sequence>& sequences_of(op::Register r) const {
     return f.program_->registers[size_t(r)].per_sequence ? f.last_rows_ : f.sequences_;
@@ -215,15 +209,16 @@ struct Executor {
     std::memcpy(data(o.out), data(o.x), size_t(rows(o.x) * width(o.x)) * sizeof(float));
   }
   void operator()(const op::Scale& o) const {
-    for_rows(o.x, [&](int64_t i) { isa().scale_f32(o.scale, data(o.x) + i * width(o.x), width(o.x)); });
+    parallel_rows(rows(o.x), 16, [&](int64_t i) { isa().scale_f32(o.scale, data(o.x) + i * width(o.x), width(o.x)); });
   }
   void operator()(const op::AddScaled& o) const {
-    for_rows(o.x,
-             [&](int64_t i) { isa().axpy_f32(o.scale, data(o.x) + i * width(o.x), data(o.out) + i * width(o.out), width(o.x)); });
+    parallel_rows(rows(o.x), 16, [&](int64_t i) {
+      isa().axpy_f32(o.scale, data(o.x) + i * width(o.x), data(o.out) + i * width(o.out), width(o.x));
+    });
   }
   void operator()(const op::Columns& o) const {
     const int64_t from = width(o.x) / o.heads, to = width(o.out) / o.heads;
-    for_rows(o.x, [&](int64_t i) {
+    parallel_rows(rows(o.x), 16, [&](int64_t i) {
       for (int64_t h = 0; h < o.heads; h++)
         std::memcpy(data(o.out) + (i * o.heads + h) * to + o.to, data(o.x) + (i * o.heads + h) * from + o.from,
                     size_t(o.count) * sizeof(float));

@@ -9,7 +9,7 @@ import type {
   LinearSpec,
   NormSpec,
 } from '../../architecture';
-import { hasBias } from '../../model/linear';
+import { biasOf } from '../../architecture/storage';
 import type { GgufFamily } from './families';
 
 /** One tensor of the file. */
@@ -41,7 +41,7 @@ class Plans {
 
   matrices(name: string, specs: LinearSpec[], shape: number[], rows?: number[]): void {
     this.list.push({ name: `${name}.weight`, shape, from: { matrices: specs }, ...(rows && { rows }) });
-    if (!hasBias(specs[0]!)) return;
+    if (!biasOf(specs[0]!)) return;
     const biasShape = shape.slice(1);
     this.list.push({
       name: `${name}.bias`,
@@ -116,7 +116,7 @@ function layer(plans: Plans, index: number, spec: LayerSpec, family: GgufFamily)
     shape: [router.in, router.out],
     from: { values: router.weight },
   });
-  if (hasBias(router))
+  if (biasOf(router))
     plans.list.push({ name: `${prefix}.ffn_gate_inp.bias`, shape: [router.out], from: { biases: [router] } });
   plans.values(`${prefix}.exp_probs_b.bias`, router.correction?.tensor, experts.length);
   plans.experts(prefix, experts);

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "core/thread_pool.h"
+#include "kernels/convert/convert.h"
 #include "kernels/matmul/gemm.h"
 #include "kernels/quant/quantize.h"
 
@@ -19,18 +20,13 @@ const Tensor& HeadWeights::dense() const {
   std::call_once(made_, [&] {
     const QuantMatrix* q = std::get_if<QuantMatrix>(&source_);
     const Tensor w = q ? dequantize(*q) : std::get<Tensor>(source_);
-    const size_t item = dtype_size(w.dtype), line = size_t(w.cols()) * item;
     const int64_t block = w.rows() / heads_;
     dense_ = Tensor::zeros(w.dtype, {heads_ * out(), in()});
-    char* to = dense_.as<char>();
-    parallel_for(heads_, [&](int64_t h) {
-      const char* from = w.as<const char>() + size_t(h * block + begin_) * line;
-      char* head = to + size_t(h * count_) * line;
-      if (!transposed_) return void(std::memcpy(head, from, size_t(count_) * line));
-      for (int64_t c = 0; c < cols_; c++)
-        for (int64_t r = 0; r < count_; r++)
-          std::memcpy(head + size_t(c * count_ + r) * item, from + size_t(r) * line + size_t(c) * item, item);
-    });
+    for (int64_t h = 0; h < heads_; h++) {
+      const Tensor rows = w.row_range(h * block + begin_, h * block + begin_ + count_);
+      const Tensor head = copy_part(rows, {0, 1, out()}, transposed_);
+      std::memcpy(dense_.as<char>() + size_t(h) * head.bytes(), head.data, head.bytes());
+    }
     source_ = Tensor{};
   });
   return dense_;

@@ -14,20 +14,11 @@ std::vector<float> as_f32(const Tensor& t) {
   return v;
 }
 
-constexpr int64_t rows_per_task = 16;
-
-template <class F> void for_rows(int64_t n, F body) {
-  parallel_for((n + rows_per_task - 1) / rows_per_task, [&](int64_t task) {
-    const int64_t end = std::min(n, (task + 1) * rows_per_task);
-    for (int64_t i = task * rows_per_task; i < end; i++) body(i);
-  });
-}
-
 }  // namespace
 
 void rms_norm(const float* x, int64_t n, int64_t d, const Tensor& weight, float eps, float* y) {
   const std::vector<float> w = as_f32(weight);
-  for_rows(n, [&](int64_t i) {
+  parallel_rows(n, 16, [&](int64_t i) {
     const float* xi = x + i * d;
     float* yi = y + i * d;
     double sum = 0;
@@ -39,7 +30,7 @@ void rms_norm(const float* x, int64_t n, int64_t d, const Tensor& weight, float 
 
 void layer_norm(const float* x, int64_t n, int64_t d, const Tensor& weight, const Tensor& bias, float eps, float* y) {
   const std::vector<float> w = as_f32(weight), b = as_f32(bias);
-  for_rows(n, [&](int64_t i) {
+  parallel_rows(n, 16, [&](int64_t i) {
     const float* xi = x + i * d;
     float* yi = y + i * d;
     double mean = 0, var = 0;
