@@ -73,12 +73,13 @@ __global__ void merge_kernel(Attend p) {
 
 Partials split_keys(Context& c, const Attention& a, int64_t groups, int64_t blocks, int64_t span, int64_t step, int64_t least) {
   Partials p{};
-  const int64_t most = std::min<int64_t>(most_splits, ceil_div(span, least));
-  const int64_t wanted = std::clamp<int64_t>(blocks / std::max<int64_t>(1, groups), 1, std::max<int64_t>(1, most));
+  const int64_t most = std::clamp<int64_t>(blocks / std::max<int64_t>(1, groups), 1, most_splits);
+  const int64_t wanted = std::clamp<int64_t>(span / least, 1, most);
   p.chunk = int(ceil_div(ceil_div(span, wanted), step) * step);
   p.splits = int(std::max<int64_t>(1, ceil_div<int64_t>(span, p.chunk)));
-  if (p.splits == 1) return p;
-  const int64_t n = int64_t(p.splits) * a.batch.rows * a.heads;
+  if (most == 1) return p;
+  // Room for the most, so that a sequence that grows needs no more.
+  const int64_t n = most * a.batch.rows * a.heads;
   p.values = c.scratch[0].get<float>(n * (a.value_dim + 2));
   p.max = p.values + n * a.value_dim;
   p.sum = p.max + n;
@@ -90,6 +91,8 @@ void attention(Context& c, const Attention& a) {
   require(a.head_dim > 0 && a.head_dim % 8 == 0 && a.value_dim > 0 && a.value_dim % 8 == 0 && a.value_dim <= 1024,
           "attention on the GPU takes heads of a multiple of 8 channels, values up to 1024");
   require(!a.keys == !a.values, "a cache has keys and values");
+  for (const void* p : {(const void*)a.q, (const void*)a.k, (const void*)a.v, (const void*)a.out})
+    require(reinterpret_cast<uintptr_t>(p) % 16 == 0, "attention takes arrays aligned to 16 bytes");
   require(a.batch.sequences <= 65535, "more than 65535 sequences in a batch");
   if (a.batch.rows == 0) return;
   const int64_t width = a.kv_heads * (a.head_dim + a.value_dim);
