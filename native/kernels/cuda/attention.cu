@@ -1,4 +1,4 @@
-// Attention: keys and values go into the caches, one of two kernels attends, and split results are merged.
+// Attention: keys and values go into the caches, one of three kernels attends, and split results are merged.
 #include "kernels/cuda/attention.cuh"
 
 #include <algorithm>
@@ -99,8 +99,11 @@ void attention(Context& c, const Attention& a) {
   if (a.keys) launch<append_kernel>(c, per_element(a.batch.rows * width / 4), a);
   Attend p{a, int(a.heads / a.kv_heads), int(std::clamp<int64_t>(a.window, 0, 0x40000000)), {}};
   p.part.splits = 1;
-  if (a.batch.longest * p.heads_per_kv <= 8 && a.head_dim <= 256 && a.value_dim <= 256)
+  const int64_t rows = a.batch.longest * p.heads_per_kv;
+  if (rows <= 8 && a.head_dim <= 256 && a.value_dim <= 256)
     attend_few(c, p);
+  else if (rows <= 16 && a.head_dim <= 640 && a.value_dim <= 512)
+    attend_rows(c, p);
   else
     attend_tiles(c, p);
 }
