@@ -86,6 +86,12 @@ Partials split_keys(Context& c, const Attention& a, int64_t groups, int64_t bloc
   return p;
 }
 
+Partials split_for_decoding(Context& c, const Attention& a, int64_t blocks, int64_t span, int64_t step) {
+  const int64_t groups = a.batch.sequences * a.kv_heads;
+  if (groups < blocks) return split_keys(c, a, groups, blocks, span, step, span <= 256 ? 256 : 64);
+  return split_keys(c, a, groups, 4 * blocks, span, step, 512);
+}
+
 void attention(Context& c, const Attention& a) {
   require(a.kv_heads > 0 && a.heads > 0 && a.heads % a.kv_heads == 0, "the heads are no multiple of the kv heads");
   require(a.head_dim > 0 && a.head_dim % 8 == 0 && a.value_dim > 0 && a.value_dim % 8 == 0 && a.value_dim <= 1024,

@@ -59,8 +59,11 @@ inline int64_t attention_span(const Attention& a, int64_t tokens) {
   return a.window > 0 && a.window < a.batch.deepest ? std::min(a.batch.deepest, a.window + tokens - 1) : a.batch.deepest;
 }
 // Room for the partial results, for about `blocks` blocks where there are `groups` of them without splitting; `span`: the most keys that the rows
-// of a block see; `step`: keys a chunk is a multiple of.
+// of a block see; `step`: what a chunk is a multiple of; `least`: keys that are worth a block.
 Partials split_keys(Context& c, const Attention& a, int64_t groups, int64_t blocks, int64_t span, int64_t step, int64_t least);
+// The same where a block takes a whole group and `blocks` of them run at a time: all at once if that is enough, else in several rounds, so that the
+// last one is short.
+Partials split_for_decoding(Context& c, const Attention& a, int64_t blocks, int64_t span, int64_t step);
 
 // The partial results in order, if there are any.
 void merge_splits(Context& c, const Attend& p);

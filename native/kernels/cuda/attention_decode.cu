@@ -216,10 +216,9 @@ template <int R> void run(Context& c, const Attend& p) {
 
 void attend_few(Context& c, Attend p) {
   const Attention& a = p.a;
-  const int64_t rows = a.batch.longest * p.heads_per_kv;
-  const int64_t span = attention_span(a, a.batch.longest);
+  const int64_t rows = a.batch.longest * p.heads_per_kv, span = attention_span(a, a.batch.longest);
   // Three blocks a multiprocessor have about 100 KB under way.
-  p.part = split_keys(c, a, a.batch.sequences * a.kv_heads, 3 * c.multiprocessors, span, 32, span <= 256 ? 256 : 64);
+  p.part = split_for_decoding(c, a, 3 * c.multiprocessors, span, 32);
   rows <= 1 ? run<1>(c, p) : rows <= 2 ? run<2>(c, p) : rows <= 4 ? run<4>(c, p) : run<8>(c, p);
   merge_splits(c, p);
 }

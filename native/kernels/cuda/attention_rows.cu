@@ -254,9 +254,8 @@ template <int V> __global__ __launch_bounds__(threads, 2) void attend_rows_kerne
 
 void attend_rows(Context& c, Attend p) {
   const Attention& a = p.a;
-  const int64_t groups = a.batch.sequences * a.kv_heads;
-  p.part = split_keys(c, a, groups, 2 * c.multiprocessors, attention_span(a, a.batch.longest), tile_keys, tile_keys);
-  const Grid grid{dim3(unsigned(groups), unsigned(p.part.splits)), dim3(threads),
+  p.part = split_for_decoding(c, a, 2 * c.multiprocessors, attention_span(a, a.batch.longest), tile_keys);
+  const Grid grid{dim3(unsigned(a.batch.sequences * a.kv_heads), unsigned(p.part.splits)), dim3(threads),
                   shared_bytes(int(ceil_div<int64_t>(a.head_dim, tile_columns)))};
   a.value_dim <= 128 ? launch<attend_rows_kernel<2>>(c, grid, p) : launch<attend_rows_kernel<8>>(c, grid, p);
   merge_splits(c, p);

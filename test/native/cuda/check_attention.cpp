@@ -14,7 +14,8 @@ struct Case {
   std::vector<int32_t> lengths, starts;
   int64_t window = 0;
   bool cached = true, sinks = false;
-  float scale = 0;  // 0: 1 / sqrt(head_dim)
+  float scale = 0;          // 0: 1 / sqrt(head_dim)
+  bool last_alone = false;  // the last sequence has no cache
 };
 
 // The caches of a batch on the device, with some room that must stay as it is.
@@ -60,7 +61,9 @@ void check_case(const Case& c) {
   Caches caches;
   for (size_t i = 0; i < c.lengths.size(); i++) {
     Sequence sequence{s.begin[i], c.lengths[i], c.starts[i], nullptr};
-    if (c.cached) {
+    if (c.cached && c.last_alone && i + 1 == c.lengths.size()) {
+      caches.key_list.push_back(nullptr), caches.value_list.push_back(nullptr);
+    } else if (c.cached) {
       const int64_t before = c.starts[i];
       old_keys.push_back(normal(size_t(before * key_width), unsigned(10 + i)));
       old_values.push_back(normal(size_t(before * value_width), unsigned(50 + i)));
@@ -121,6 +124,8 @@ void check_attention() {
   check_case({"decode, window, split", 2, 1, 64, 128, {2}, {700}, 300, true, true});
   check_case({"decode, few rows, window", 1, 1, 8, 8, {7, 8}, {60, 3}, 5});
   check_case({"own rows, few", 4, 1, 16, 16, {2, 1, 2}, {0, 0, 0}, 0, false});
+  check_case({"decode, several rounds", 12, 12, 8, 8, std::vector<int32_t>(2, 1), {1100, 600}});
+  check_case({"decode, one sequence without a cache", 4, 2, 16, 16, {1, 2}, {40, 0}, 0, true, false, 0, true});
   // Up to 16 rows.
   check_case({"decode", 16, 1, 128, 128, {1, 1}, {90, 0}});
   check_case({"decode, 10 rows, split", 10, 1, 64, 104, {1}, {600}, 0, true, true, 0.5f});
@@ -130,6 +135,7 @@ void check_attention() {
   check_case({"latent decode", 16, 1, 576, 512, {1, 1}, {100, 3}});
   check_case({"latent decode, few heads", 2, 1, 576, 512, {1, 3}, {200, 3}});
   // Tiles.
+  check_case({"prefill, one sequence without a cache", 4, 2, 16, 16, {3, 70}, {40, 0}, 0, true, false, 0, true});
   check_case({"prefill", 4, 2, 128, 128, {70, 3}, {0, 0}});
   check_case({"prefill after a cache", 2, 1, 64, 64, {65, 1, 20}, {40, 90, 0}});
   check_case({"prefill, window, sinks", 2, 2, 40, 48, {150, 1}, {30, 200}, 17, true, true});
