@@ -11,12 +11,15 @@
 export type DType = 'f32' | 'f16' | 'bf16' | 'f64' | 'i32' | 'u8';
 export type NumericArray = Float32Array | Float64Array | Int32Array | Uint16Array | Uint8Array;
 export type Control = Int32Array;
+/** Where memory lies and programs run. */
+export type Device = 'cpu' | 'cuda';
 
 /** A row-major array in native memory. The matrix view has `cols` = last dimension, `rows` = product of the others. */
 export interface Tensor {
   readonly dtype: DType;
   readonly shape: number[];
   readonly byteLength: number;
+  readonly device: Device;
   /** Rows [begin, end) of the matrix view, sharing the memory. */
   rows(begin: number, end: number): Tensor;
   /** The same memory with another shape of equal size. */
@@ -244,6 +247,8 @@ export interface RegisterSpec {
 /** A recorded list of operations over registers; immutable, shared by frames. */
 export interface Program {
   readonly length: number;
+  /** Copies the weights to the program's device; the first run would otherwise. Rejects with OUT_OF_MEMORY. */
+  prepare(control?: Control): Promise<void>;
   dispose(): void;
 }
 
@@ -300,11 +305,15 @@ export interface MachineRates {
 export interface NativeBinding {
   /** e.g. { version: '0.1.0', isa: 'avx512', isas: ['baseline', 'avx2', 'avx512'] } */
   info(): { version: string; isa: string; isas: string[] };
+  /** The GPU that `cuda` stands for. Looks for the library and the device on the first call. */
+  cuda():
+    | { available: true; name: string; computeCapability: string; totalMemory: number; freeMemory: number }
+    | { available: false; why: string };
   setIsa(name: string): void;
   threads(): number;
   setThreads(n: number): void;
 
-  zeros(dtype: DType, shape: number[]): Tensor;
+  zeros(dtype: DType, shape: number[], device?: Device): Tensor;
   fromArray(data: NumericArray, dtype: DType, shape: number[]): Tensor;
   /** Bytes as they lie in a file, little-endian. */
   fromBytes(data: Uint8Array, dtype: DType, shape: number[]): Tensor;
@@ -392,8 +401,9 @@ export interface NativeBinding {
     seed: number,
   ): Promise<Matrix>;
 
-  createProgram(registers: RegisterSpec[], ops: Op[]): Program;
+  /** Registers, caches and bound tensors must lie on the program's device. */
+  createProgram(registers: RegisterSpec[], ops: Op[], device?: Device): Program;
   createFrame(program: Program): Frame;
   /** Per layer the widths of a key row and a value row. */
-  createKvCache(layers: { keyWidth: number; valueWidth: number }[]): KvCache;
+  createKvCache(layers: { keyWidth: number; valueWidth: number }[], device?: Device): KvCache;
 }

@@ -5,6 +5,7 @@
 import type {
   Activations,
   Control,
+  Device,
   Frame,
   KvCache,
   Program,
@@ -45,6 +46,7 @@ export class Decoder {
   readonly layers: LayerStages[] = [];
   readonly h: Register;
   readonly #architecture: Architecture;
+  readonly #device: Device;
   readonly #program: Program;
   readonly #ids: Register;
   readonly #logits: Register;
@@ -57,8 +59,9 @@ export class Decoder {
   readonly #headOut: Register;
   readonly #idle: Frame[] = [];
 
-  constructor(architecture: Architecture, weights: WeightSource) {
+  constructor(architecture: Architecture, weights: WeightSource, device: Device = 'cpu') {
     this.#architecture = architecture;
+    this.#device = device;
     const { embedding, hiddenSize, vocabSize } = architecture;
     const b = new ProgramBuilder();
     this.h = b.register('h', hiddenSize);
@@ -79,17 +82,24 @@ export class Decoder {
       sample(last);
     });
     this.#lastTokens = b.stage(() => sample(pushLastTokens(b, weights, architecture.layers.at(-1)!)));
-    this.#program = b.build();
+    this.#program = b.build(device);
 
     const hb = new ProgramBuilder();
     this.#headIn = hb.register('h', hiddenSize);
     this.#headOut = hb.register('logits', vocabSize);
     pushHead(hb, weights, architecture, 'tokens', this.#headIn, this.#headOut);
-    this.#head = hb.build();
+    this.#head = hb.build(device);
+  }
+
+  /** Brings the weights to where they are used: the first run would otherwise. */
+  async prepare(control?: Control): Promise<void> {
+    await this.#program.prepare(control);
+    await this.#head.prepare(control);
   }
 
   createCache(): KvCache {
-    return native().createKvCache(this.#architecture.layers.map(({ attention }) => cacheWidths(attention)));
+    const widths = this.#architecture.layers.map(({ attention }) => cacheWidths(attention));
+    return native().createKvCache(widths, this.#device);
   }
 
   /** Embeds the batch and runs all layers; the caller reads the frame inside `use`. Caches hold the batch only if all went well. */

@@ -167,7 +167,7 @@ std::vector<Sequence> sequences_from(const Napi::Value& v) {
 
 }  // namespace
 
-std::shared_ptr<Program> program_from(const Napi::Value& registers, const Napi::Value& ops) {
+std::shared_ptr<Program> program_from(const Napi::Value& registers, const Napi::Value& ops, Backend& backend) {
   if (!registers.IsArray() || !ops.IsArray()) throw_invalid("expected arrays of registers and operations");
   auto program = std::make_shared<Program>();
   Napi::Array rs = registers.As<Napi::Array>();
@@ -181,18 +181,34 @@ std::shared_ptr<Program> program_from(const Napi::Value& registers, const Napi::
     Napi::HandleScope scope(registers.Env());
     program->ops.push_back(op_from(os.Get(i).As<Napi::Object>(), program->registers));
   }
+  program->backend = &backend;
   program->check();
   return program;
 }
 
 void ProgramHandle::define(Napi::Env env, Napi::Object exports) {
-  Napi::Function f = DefineClass(
-      env, class_name, {InstanceAccessor<&ProgramHandle::length>("length"), InstanceMethod("dispose", &ProgramHandle::dispose)});
+  Napi::Function f =
+      DefineClass(env, class_name,
+                  {InstanceAccessor<&ProgramHandle::length>("length"), InstanceMethod<&ProgramHandle::prepare>("prepare"),
+                   InstanceMethod("dispose", &ProgramHandle::dispose)});
   constructor(env) = Napi::Persistent(f);
   exports[class_name] = f;
 }
 Napi::Value ProgramHandle::length(const Napi::CallbackInfo& info) {
   GUARDED(return Napi::Number::New(info.Env(), double(get()->ops.size())));
+}
+
+Napi::Value ProgramHandle::prepare(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    const auto program = get();
+    return Job<bool>::start(
+        info.Env(), info[0],
+        [program] {
+          program->backend->prepare(*program);
+          return true;
+        },
+        [](Napi::Env env, bool&) { return env.Undefined(); });
+  });
 }
 
 void FrameHandle::define(Napi::Env env, Napi::Object exports) {
