@@ -188,8 +188,15 @@ export type Op =
       counts: Register;
       router: RouterSpec;
     }
-  /** Applies the frame's expert mask (see Frame.setExpertMask) to weights and indices; nothing when there is none. */
-  | { op: 'reselect'; logits: Register; weights: Register; indices: Register; router: RouterSpec }
+  /** Prunes weights and indices as the frame says (see Frame.setPruning), by the counts of `route` if it is by alpha; else does nothing. */
+  | {
+      op: 'reselect';
+      logits: Register;
+      weights: Register;
+      indices: Register;
+      counts: Register;
+      router: RouterSpec;
+    }
   /**
    * out (+)= sum over the chosen experts of weight * down(activation(gate x) * up x); pruned slots (index -1) cost nothing.
    * `shared`: an expert that every token has, times sigmoid(outputGate x) if that is given.
@@ -247,8 +254,11 @@ export interface RegisterSpec {
 /** A recorded list of operations over registers; immutable, shared by frames. */
 export interface Program {
   readonly length: number;
-  /** Copies the weights to the program's device; the first run would otherwise. Rejects with OUT_OF_MEMORY. */
-  prepare(control?: Control): Promise<void>;
+  /**
+   * Copies the weights to the program's device; the first run would otherwise. `memory`: bytes of it that they may take, 0 = what is free;
+   * experts beyond stay in the host's memory and are copied ahead layer by layer. Rejects with OUT_OF_MEMORY.
+   */
+  prepare(control?: Control, memory?: number): Promise<void>;
   dispose(): void;
 }
 
@@ -258,6 +268,15 @@ export interface Sequence {
   /** Without a cache the sequence starts at position 0 and attends to its own rows only. */
   cache?: KvCache;
 }
+
+/**
+ * Which experts to prune: by a mask, per sequence and expert, 1 = kept, 0 = pruned; or by PESF (EAC-MoE, Eq. 6): an expert that gets less
+ * than alpha / experts of a sequence's choices. Sequences shorter than minTokens, and single tokens, keep all.
+ */
+export type Pruning = { mode: 'drop' | 'renormalize' | 'reselect' } & (
+  | { mask: Uint8Array }
+  | { alpha: number; minTokens: number }
+);
 
 export interface Sampling {
   /** 0 = greedy. */
@@ -276,8 +295,8 @@ export interface Frame {
   begin(ids: Int32Array | null, sequences: Sequence[]): void;
   /** Uses `tensor` (rows and width must fit) as the memory of a register, until the next bind or `null`. */
   bind(register: Register, tensor: Tensor | null): void;
-  /** Per sequence and expert, 1 = kept, 0 = pruned; `null` = no pruning. Rows: sequences. */
-  setExpertMask(mask: Uint8Array | null, mode: 'drop' | 'renormalize' | 'reselect'): void;
+  /** What `reselect` does in the runs to come; `null` = nothing. */
+  setPruning(pruning: Pruning | null): void;
   /** How linear layers and experts with quantized weights treat their inputs in the runs to come; a new frame is at 'float32'. */
   setActivations(activations: Activations): void;
   setSampling(sampling: Sampling): void;

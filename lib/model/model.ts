@@ -17,6 +17,11 @@ import { CheckpointWeights, layerMatrices } from './weights';
 export interface LoadOptions {
   /** Where to compute. `auto` (default) takes the GPU where the CUDA library (`npm run build:cuda`) opens and a device answers, else the CPU. */
   device?: 'auto' | 'cpu' | 'cuda';
+  /**
+   * Bytes of GPU memory that the weights may take; default: what is free. Experts beyond it stay in pinned host memory, and each layer's are
+   * copied while the layers before it compute. OUT_OF_MEMORY, with the size that is needed, where not even two layers fit.
+   */
+  gpuMemory?: number;
   /** Threads of the process-wide pool; default: all CPUs, or EAC_MOE_THREADS. */
   threads?: number;
   /**
@@ -110,6 +115,10 @@ export class MoeModel {
   static async load(model: string, options: LoadOptions = {}): Promise<MoeModel> {
     const device = setDevice(options);
     const activations = checkActivations(options.activations ?? 'int8');
+    const { gpuMemory } = options;
+    if (gpuMemory !== undefined && !(Number.isFinite(gpuMemory) && gpuMemory > 0)) {
+      throw new EacMoeError('INVALID_ARGUMENT', `gpuMemory must be a positive number of bytes; found ${gpuMemory}`);
+    }
     const { headBits = 16 } = options;
     if (headBits !== 4 && headBits !== 16) {
       throw new EacMoeError('INVALID_ARGUMENT', `headBits must be 4 or 16; found ${String(headBits)}`);
@@ -123,7 +132,7 @@ export class MoeModel {
       await weights.prepare(architecture.layers.flatMap(layerMatrices), options.signal);
       if (headBits === 4) await weights.round(architecture.head);
       const decoder = new Decoder(architecture, weights, device);
-      await withSignal(options.signal, (control) => decoder.prepare(control));
+      await withSignal(options.signal, (control) => decoder.prepare(control, options.gpuMemory));
       return new MoeModel(path, architecture, { checkpoint, weights, decoder, users: 0 }, activations);
     } catch (error) {
       checkpoint.dispose();

@@ -148,7 +148,7 @@ struct FrameHandle : Handle<FrameHandle, Frame> {
   Napi::Value begin(const Napi::CallbackInfo&);
   Napi::Value bind(const Napi::CallbackInfo&);
   Napi::Value set_activations(const Napi::CallbackInfo&);
-  Napi::Value set_expert_mask(const Napi::CallbackInfo&);
+  Napi::Value set_pruning(const Napi::CallbackInfo&);
   Napi::Value set_sampling(const Napi::CallbackInfo&);
   Napi::Value run(const Napi::CallbackInfo&);
   Napi::Value commit(const Napi::CallbackInfo&);

@@ -24,8 +24,9 @@ class Backend {
   virtual ~Backend() = default;
   // Where registers and caches lie; null: the host.
   virtual Device* memory() = 0;
-  // Brings the weights into the form and the place that the operations want. Done by the first run otherwise.
-  virtual void prepare(const Program& program) = 0;
+  // Brings the weights into the form and the place that the operations want. Done by the first run otherwise. memory: bytes of the device's
+  // memory that they may take, 0: what is free.
+  virtual void prepare(const Program& program, size_t memory) = 0;
   virtual std::unique_ptr<Executor> executor(Frame& frame) = 0;
   virtual Calibration& calibration() = 0;
 };

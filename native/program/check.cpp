@@ -71,7 +71,10 @@ struct Checker {
     equal(width(o.counts, DType::i32), o.router.experts, "expert counts");
     if (!p.registers[size_t(o.counts)].per_sequence) fail("expert counts need one row a sequence");
   }
-  void operator()(const op::Reselect& o) const { routing(o.router, o.logits, o.weights, o.indices); }
+  void operator()(const op::Reselect& o) const {
+    routing(o.router, o.logits, o.weights, o.indices);
+    equal(width(o.counts, DType::i32), o.router.experts, "expert counts");
+  }
   void operator()(const op::Experts& o) const {
     const auto& e = o.experts;
     if (e.gate.empty() || e.up.size() != e.gate.size() || e.down.size() != e.gate.size())

@@ -79,6 +79,11 @@ void Frame::check_caches(const Attention& a) const {
     if (s.cache && !fits(*s.cache)) throw Error("INVALID_ARGUMENT", "the key-value cache was made for another model");
 }
 
+void Frame::check_mask(const RouterSpec& r) const {
+  if (int64_t(pruning.keep.size()) != int64_t(sequences_.size()) * r.experts)
+    throw Error("INVALID_ARGUMENT", "the expert mask needs one row of experts for each sequence");
+}
+
 Tensor Frame::fresh(const RegisterSpec& spec, int64_t rows) const {
   return Tensor::zeros(spec.dtype, {rows, spec.width}, program_->backend->memory());
 }

@@ -28,9 +28,13 @@ struct Program {
   void check() const;
 };
 
-struct ExpertMask {
-  std::vector<uint8_t> keep;  // (sequences × experts); empty: no pruning
+// What `reselect` prunes by: a mask, or PESF's rule on the counts that `route` took (kernels/router/select.h). Neither: nothing.
+struct Pruning {
+  std::vector<uint8_t> keep;  // (sequences × experts)
+  std::optional<double> alpha;
+  int64_t min_tokens = 1;
   PruneMode mode = PruneMode::drop;
+  bool none() const { return keep.empty() && !alpha; }
 };
 
 class Frame {
@@ -44,7 +48,7 @@ class Frame {
   Tensor tensor(op::Register r) const;  // rows of the current batch
 
   const Program& program() const { return *program_; }
-  ExpertMask mask;
+  Pruning pruning;
   Sampling sampling;
   Activations activations = Activations::f32;
   std::atomic<bool> busy{false};
@@ -66,6 +70,7 @@ class Frame {
   // Throw Error("INVALID_ARGUMENT").
   void check_ids(const op::Embed& o) const;
   void check_caches(const Attention& a) const;
+  void check_mask(const RouterSpec& r) const;
 
  private:
   Tensor fresh(const RegisterSpec& spec, int64_t rows) const;

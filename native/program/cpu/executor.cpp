@@ -22,6 +22,7 @@ void embed(const Tensor& table, float scale, const int32_t* ids, int64_t n, floa
 struct Run {
   Frame& f;
   ExpertsScratch& scratch;
+  std::vector<uint8_t>& mask;
 
   float* data(op::Register r) const { return f.memory(r).f32(); }
   int32_t* ints(op::Register r) const { return f.memory(r).i32(); }
@@ -53,10 +54,16 @@ struct Run {
     count_selections(ints(o.indices), f.sequences_of(o.indices), o.router, ints(o.counts));
   }
   void operator()(const op::Reselect& o) const {
-    if (f.mask.keep.empty()) return;
-    if (int64_t(f.mask.keep.size()) != int64_t(f.sequences().size()) * o.router.experts)
-      throw Error("INVALID_ARGUMENT", "the expert mask needs one row of experts for each sequence");
-    apply_expert_mask(data(o.logits), f.mask.keep.data(), f.mask.mode, f.sequences_of(o.logits), o.router, data(o.weights),
+    Pruning& p = f.pruning;
+    if (p.none()) return;
+    const auto& sequences = f.sequences_of(o.logits);
+    if (p.alpha) {
+      mask.resize(sequences.size() * size_t(o.router.experts));
+      if (!pesf_mask(ints(o.counts), sequences, o.router, *p.alpha, p.min_tokens, mask.data())) return;
+    } else {
+      f.check_mask(o.router);
+    }
+    apply_expert_mask(data(o.logits), p.alpha ? mask.data() : p.keep.data(), p.mode, sequences, o.router, data(o.weights),
                       ints(o.indices));
   }
   void operator()(const op::Experts& o) const {
@@ -108,19 +115,20 @@ class CpuExecutor : public Executor {
   void run(size_t from, size_t to) override {
     for (size_t i = from; i < to; i++) {
       throw_if_cancelled();
-      std::visit(Run{frame_, scratch_}, frame_.program().ops[i]);
+      std::visit(Run{frame_, scratch_, mask_}, frame_.program().ops[i]);
     }
   }
 
  private:
   Frame& frame_;
   ExpertsScratch scratch_;
+  std::vector<uint8_t> mask_;
 };
 
 class CpuBackend : public Backend {
  public:
   Device* memory() override { return nullptr; }
-  void prepare(const Program&) override {}
+  void prepare(const Program&, size_t) override {}
   std::unique_ptr<Executor> executor(Frame& frame) override { return std::make_unique<CpuExecutor>(frame); }
   Calibration& calibration() override { return calibration_; }
 

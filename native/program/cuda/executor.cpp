@@ -1,4 +1,8 @@
 // The operations on the GPU: registers and weights become the arguments of the library's functions.
+#include <algorithm>
+#include <bit>
+#include <map>
+
 #include "core/thread_pool.h"
 #include "program/cuda/backend.h"
 #include "program/cuda/calibration.h"
@@ -11,14 +15,18 @@ namespace {
 class Room {
  public:
   explicit Room(Gpu& gpu) : gpu_(gpu) {}
-  template <class T> T* put(const Stream& s, const std::vector<T>& v) {
-    const size_t bytes = v.size() * sizeof(T);
-    if (bytes > size_) {
-      memory_ = gpu_.allocate(2 * bytes);
-      size_ = 2 * bytes;
+  // Room for n elements; contents are lost where it grows.
+  template <class T> T* room(size_t n) {
+    if (n * sizeof(T) > size_) {
+      size_ = 2 * n * sizeof(T);
+      memory_ = gpu_.allocate(size_);
     }
-    if (bytes > 0) s.upload(memory_.get(), v.data(), bytes);
     return static_cast<T*>(memory_.get());
+  }
+  template <class T> T* put(const Stream& s, const std::vector<T>& v) {
+    T* to = room<T>(v.size());
+    if (!v.empty()) s.upload(to, v.data(), v.size() * sizeof(T));
+    return to;
   }
 
  private:
@@ -31,6 +39,7 @@ class Room {
 struct DeviceBatch {
   Batch tokens{}, last{};  // rows of registers with one row a token, and with one a sequence
   const int32_t* ids = nullptr;
+  const void* pointers = nullptr;           // of the caches
   std::vector<float* const*> keys, values;  // by layer: device arrays of a pointer a sequence; empty: no caches
 };
 
@@ -50,20 +59,95 @@ cuda::Router router_of(const RouterSpec& r, const Prepared& p) {
 class CudaExecutor : public Executor {
  public:
   CudaExecutor(Gpu& gpu, Weights& weights, Frame& frame)
-      : gpu_(gpu), weights_(weights), frame_(frame), stream_(gpu.table()), rows_(gpu), caches_(gpu), mask_(gpu), uniform_(gpu) {}
+      : gpu_(gpu), weights_(weights), frame_(frame), stream_(gpu.table()), rows_(gpu), caches_(gpu), mask_(gpu), uniforms_(gpu) {}
+
+  ~CudaExecutor() override { forget(); }
 
   void run(size_t from, size_t to) override {
     if (!prepared_) prepared_ = weights_.prepare(frame_.program());
     if (seen_ != frame_.batch()) describe();
-    for (size_t i = from; i < to; i++) {
-      throw_if_cancelled();
-      prepare_ = &(*prepared_)[i];
-      std::visit([&](const auto& o) { (*this)(o); }, frame_.program().ops[i]);
+    for (size_t i = from; i < to; i++) std::visit([&](const auto& o) { check(o); }, frame_.program().ops[i]);
+    std::unique_lock<std::mutex> alone;  // two runs would want the same places
+    if (staging()) {
+      alone = staging()->lock();
+      staging()->start(stream_, from, to);
     }
+    // A decoded token is hundreds of short launches, the same ones every time: recorded once, they go out as one.
+    const bool decode = batch_.tokens.longest == 1 && frame_.pruning.none() && !staging();
+    if (!decode)
+      queue(from, to);
+    else if (graph_ && key(from, to) == captured_)
+      stream_(t().launch(stream_.context(), graph_));
+    else if (!(capturable_ && key(from, to) == ran_ && capture(from, to)))
+      queue(from, to), ran_ = key(from, to);
     stream_.synchronize();
   }
 
  private:
+  Staging* staging() const { return prepared_->staging.get(); }
+
+  void queue(size_t from, size_t to) {
+    for (size_t i = from; i < to; i++) {
+      throw_if_cancelled();
+      op_ = i;
+      std::visit([&](const auto& o) { (*this)(o); }, frame_.program().ops[i]);
+    }
+  }
+
+  // Whatever a recorded launch holds that may be another the next time.
+  std::vector<uint64_t> key(size_t from, size_t to) const {
+    const Sampling& s = frame_.sampling;
+    std::vector<uint64_t> k = {from,
+                               to,
+                               uint64_t(batch_.tokens.sequences),
+                               uint64_t(batch_.tokens.deepest),
+                               uint64_t(frame_.activations),
+                               std::bit_cast<uint32_t>(s.temperature),
+                               uint64_t(s.top_k),
+                               std::bit_cast<uint64_t>(s.top_p),
+                               uint64_t(uintptr_t(batch_.ids)),
+                               uint64_t(uintptr_t(batch_.pointers)),
+                               uint64_t(uintptr_t(uniform_)),
+                               t().scratch_moves(stream_.context())};
+    for (size_t r = 0; r < frame_.program().registers.size(); r++) k.push_back(uintptr_t(frame_.memory(op::Register(r)).data));
+    return k;
+  }
+
+  // Records operations and runs them; false where the driver cannot.
+  bool capture(size_t from, size_t to) {
+    forget();
+    if (t().begin_capture(stream_.context()) != Status::ok) return capturable_ = false;
+    std::exception_ptr thrown;
+    try {
+      queue(from, to);
+    } catch (...) { thrown = std::current_exception(); }
+    const Status status = t().end_capture(stream_.context(), &graph_);
+    if (thrown) {
+      forget();
+      std::rethrow_exception(thrown);
+    }
+    if (status != Status::ok) return capturable_ = false;
+    captured_ = key(from, to);
+    stream_(t().launch(stream_.context(), graph_));
+    return true;
+  }
+  void forget() {
+    if (graph_) t().free_graph(graph_);
+    graph_ = nullptr;
+    captured_.clear();
+  }
+
+  // What must be known or copied before anything is queued.
+  void check(const op::Embed& o) const { frame_.check_ids(o); }
+  void check(const op::Attention& o) const { frame_.check_caches(o.attention); }
+  void check(const op::Sample& o) {
+    const Sampling& s = frame_.sampling;
+    std::vector<double> uniform(size_t(rows(o.logits)), 0);
+    std::copy_n(s.uniform.begin(), std::min(s.uniform.size(), uniform.size()), uniform.begin());
+    uniform_ = uniforms_.put(stream_, uniform);
+  }
+  template <class Op> void check(const Op&) const {}
+
   // Copies what the kernels need to know of the batch.
   void describe() {
     const auto& sequences = frame_.sequences();
@@ -85,7 +169,10 @@ class CudaExecutor : public Executor {
     std::copy(frame_.ids().begin(), frame_.ids().end(), ids);
     const int32_t* base = rows_.put(stream_, v);
     const auto on_device = [&](const int32_t* p) { return base + (p - v.data()); };
-    const int64_t longest = batch_.tokens.longest, deepest = batch_.tokens.deepest;
+    const int64_t longest = batch_.tokens.longest;
+    // Launch shapes of a recorded decode step follow from `deepest`: in steps, so that it lasts for many tokens.
+    const int64_t deepest =
+        longest > 1 ? batch_.tokens.deepest : std::max<int64_t>(std::bit_ceil(uint64_t(batch_.tokens.deepest)), 256);
     batch_.tokens = {n, count, longest, deepest, on_device(sequence), on_device(position), on_device(begin), on_device(length)};
     batch_.last = {count, count, 1, 1, on_device(order), on_device(order), on_device(order), on_device(ones)};
     batch_.ids = on_device(ids);
@@ -111,6 +198,7 @@ class CudaExecutor : public Executor {
     each(&KvCache::keys);
     each(&KvCache::values);
     float* const* base = caches_.put(stream_, pointers);
+    batch_.pointers = base;
     const size_t count = frame_.sequences().size();
     for (size_t l = 0; l < layers; l++) {
       batch_.keys.push_back(base + l * count);
@@ -144,7 +232,6 @@ class CudaExecutor : public Executor {
   }
 
   void operator()(const op::Embed& o) {
-    frame_.check_ids(o);
     call<Embed>(t().embed, {batch_.ids, p().storage, p().tensor, o.scale, rows(o.out), width(o.out), data(o.out)});
   }
   void operator()(const op::RmsNorm& o) {
@@ -164,7 +251,6 @@ class CudaExecutor : public Executor {
   }
   void operator()(const op::Attention& o) {
     const auto& a = o.attention;
-    frame_.check_caches(a);
     const bool cached = !batch_.keys.empty();
     call<Attention>(t().attention,
                     {data(o.q), data(o.k), data(o.v), data(o.out), batch_.tokens, cached ? batch_.keys[size_t(a.layer)] : nullptr,
@@ -176,19 +262,32 @@ class CudaExecutor : public Executor {
                             ints(o.counts)});
   }
   void operator()(const op::Reselect& o) {
-    const auto& keep = frame_.mask.keep;
-    if (keep.empty()) return;
-    if (int64_t(keep.size()) != int64_t(frame_.sequences().size()) * o.router.experts)
-      throw Error("INVALID_ARGUMENT", "the expert mask needs one row of experts for each sequence");
-    call<Prune>(t().prune, {data(o.logits), router_of(o.router, p()), batch_of(o.logits), PruneMode(int32_t(frame_.mask.mode)),
-                            mask_.put(stream_, keep), data(o.weights), ints(o.indices)});
+    const Pruning& r = frame_.pruning;
+    if (r.none()) return;
+    const Batch& batch = batch_of(o.logits);
+    const uint8_t* keep = nullptr;
+    if (r.alpha) {
+      uint8_t* made = mask_.room<uint8_t>(size_t(batch.sequences * o.router.experts));
+      // Single tokens are never pruned: their counts say nothing.
+      call<PesfMask>(t().pesf_mask, {ints(o.counts), batch, o.router.experts, pesf_threshold(o.router, *r.alpha),
+                                     std::max<int64_t>(r.min_tokens, 2), made});
+      keep = made;
+    } else {
+      frame_.check_mask(o.router);
+      keep = mask_.put(stream_, r.keep);
+    }
+    call<Prune>(t().prune, {data(o.logits), router_of(o.router, p()), batch, PruneMode(int32_t(r.mode)), keep, data(o.weights),
+                            ints(o.indices)});
   }
   void operator()(const op::Experts& o) {
     const auto& e = o.experts;
+    const bool staged = staging() && staging()->holds(op_);
+    const Expert* list = staged ? staging()->arrive(stream_, op_) : p().list;
     call<Experts>(t().experts,
                   {data(o.x), rows(o.x), width(o.x), data(o.weights), ints(o.indices), width(o.weights), int64_t(e.count()),
-                   e.hidden_of(0), p().list, p().experts.data(), e.shared.has_value(), e.shared ? e.hidden_of(e.count()) : 0,
+                   e.hidden_of(0), list, p().experts.data(), e.shared.has_value(), e.shared ? e.hidden_of(e.count()) : 0,
                    p().output_gate, Activation(int32_t(e.activation)), o.add, precision(), data(o.out)});
+    if (staged) staging()->leave(stream_, op_);
   }
   void operator()(const op::Glu& o) {
     call<Glu>(t().glu, {Activation(int32_t(o.activation)), data(o.gate), data(o.up), size(o.gate)});
@@ -210,32 +309,35 @@ class CudaExecutor : public Executor {
   void operator()(const op::LastRows& o) { call<LastRows>(t().last_rows, {data(o.x), width(o.x), batch_.tokens, data(o.out)}); }
   void operator()(const op::Sample& o) {
     const Sampling& s = frame_.sampling;
-    std::vector<double> uniform(size_t(rows(o.logits)), 0);
-    std::copy_n(s.uniform.begin(), std::min(s.uniform.size(), uniform.size()), uniform.begin());
-    call<Sample>(t().sample, {data(o.logits), rows(o.logits), width(o.logits), s.temperature, s.top_k, s.top_p,
-                              uniform_.put(stream_, uniform), ints(o.out)});
+    call<Sample>(t().sample,
+                 {data(o.logits), rows(o.logits), width(o.logits), s.temperature, s.top_k, s.top_p, uniform_, ints(o.out)});
   }
 
   const Table& t() const { return stream_.table(); }
-  const Prepared& p() const { return *prepare_; }
+  const Prepared& p() const { return prepared_->ops[op_]; }
 
   Gpu& gpu_;
   Weights& weights_;
   Frame& frame_;
   Stream stream_;
-  Room rows_, caches_, mask_, uniform_;
+  Room rows_, caches_, mask_, uniforms_;
+  const double* uniform_ = nullptr;
   DeviceBatch batch_;
   std::map<const Sequence*, std::unique_ptr<KvCache>> own_;
-  std::shared_ptr<const std::vector<Prepared>> prepared_;
-  const Prepared* prepare_ = nullptr;
+  std::shared_ptr<const PreparedProgram> prepared_;
+  size_t op_ = 0;
   uint64_t seen_ = 0;
+  // Of the latest run that was queued, and of the one that is recorded.
+  std::vector<uint64_t> ran_, captured_;
+  Graph* graph_ = nullptr;
+  bool capturable_ = true;
 };
 
 class CudaBackend : public Backend {
  public:
   explicit CudaBackend(Gpu& gpu) : gpu_(gpu), weights_(gpu), calibration_(gpu) {}
   Device* memory() override { return &gpu_; }
-  void prepare(const Program& program) override { weights_.prepare(program); }
+  void prepare(const Program& program, size_t memory) override { weights_.prepare(program, memory); }
   std::unique_ptr<Executor> executor(Frame& frame) override { return std::make_unique<CudaExecutor>(gpu_, weights_, frame); }
   Calibration& calibration() override { return calibration_; }
 
