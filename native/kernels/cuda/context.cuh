@@ -56,7 +56,7 @@ template <auto kernel, class... Args> void launch(Context& c, const Grid& grid, 
   check(launch_kernel<kernel>(c.stream, grid, args...), "a kernel launch");
 }
 
-template <class T> constexpr T ceil_div(T a, T b) { return (a + b - 1) / b; }
+template <class T> __host__ __device__ constexpr T ceil_div(T a, T b) { return (a + b - 1) / b; }
 // One thread an element, 256 a block.
 inline Grid per_element(int64_t n) { return {dim3(unsigned(ceil_div<int64_t>(n, 256))), dim3(256)}; }
 __device__ __forceinline__ int64_t global_thread() { return int64_t(blockIdx.x) * blockDim.x + threadIdx.x; }

@@ -101,6 +101,24 @@ inline int __all_sync(uint32_t m, int vote) {
   return __ballot_sync(m, vote) == live;
 }
 
+template <class T, class F> T reduced(T mine, F f) {
+  const uint32_t live = eac::emulation::live_lanes();
+  const unsigned char* all = eac::emulation::exchange(&mine, sizeof mine);
+  for (int l = 0; l < 32; l++) {
+    T v;
+    std::memcpy(&v, all + l * 64, sizeof v);
+    if (live >> l & 1) mine = f(mine, v);
+  }
+  eac::emulation::leave_exchange();
+  return mine;
+}
+template <class T> T __reduce_max_sync(uint32_t, T v) {
+  return reduced(v, [](T a, T b) { return std::max(a, b); });
+}
+template <class T> T __reduce_min_sync(uint32_t, T v) {
+  return reduced(v, [](T a, T b) { return std::min(a, b); });
+}
+
 // One thread runs at a time.
 template <class T> T exchanged(T* at, T v) {
   const T old = *at;
