@@ -18,13 +18,6 @@ namespace {
 constexpr int64_t tile = tile_f64;
 enum Finding : int32_t { not_finite = 1, not_positive = 2 };
 
-__device__ __forceinline__ bool is_finite(double v) { return fabs(v) <= 1.7976931348623157e308; }
-
-__global__ void find_non_finite_kernel(const float* h, int64_t size, int32_t* flag) {
-  const int64_t i = global_thread();
-  if (i < size && !(fabsf(h[i]) <= 3.402823466e38f)) atomicOr(flag, int32_t(not_finite));
-}
-
 // One block: what is added to the diagonal.
 __global__ __launch_bounds__(1024) void damping_kernel(const float* h, int64_t n, double damping, double* added) {
   __shared__ double shared[33];
@@ -43,7 +36,7 @@ __global__ void diagonal_kernel(const float* h, int64_t n, const double* added, 
 __global__ __launch_bounds__(256) void order_kernel(const float* diagonal, int64_t n, bool act_order, int32_t* order) {
   __shared__ float part[256];
   const int64_t i = global_thread();
-  const auto key = [&](int64_t j) { return fabsf(diagonal[j]) <= 3.402823466e38f ? diagonal[j] : 0.f; };
+  const auto key = [&](int64_t j) { return is_finite(diagonal[j]) ? diagonal[j] : 0.f; };
   const float own = i < n ? key(i) : 0.f;
   int64_t place = act_order ? 0 : i;
   for (int64_t first = 0; act_order && first < n; first += 256) {
@@ -158,8 +151,8 @@ void factor(Context& c, const Factor& f) {
   double* a = c.scratch[slot_matrix].get<double>(size * size);
   double* blocks = c.scratch[slot_blocks].get<double>(2 * size * tile + 1);
   double *panel = blocks + size * tile, *added = panel + size * tile;
-  int32_t* flag = clear_flag(c);
-  launch<find_non_finite_kernel>(c, per_element(n * n), f.h, n * n, flag);
+  int32_t* flag = clear_findings(c);
+  find_non_finite(c, f.h, n * n, not_finite);
   launch<damping_kernel>(c, {dim3(1), dim3(1024)}, f.h, n, f.damping, added);
   launch<diagonal_kernel>(c, per_element(n), f.h, n, added, f.diagonal);
   launch<order_kernel>(c, per_element(n), f.diagonal, n, f.act_order, f.order);
@@ -167,7 +160,7 @@ void factor(Context& c, const Factor& f) {
   factor_lower(c, a, size, blocks, flag);
   invert_lower(c, a, size, blocks, panel);
   launch<upper_kernel>(c, rows_of(n, n), a, size, n, f.u);
-  const int32_t found = read_flag(c);
+  const int32_t found = read_findings(c);
   if (found & not_finite)
     throw Failure{Status::not_positive_definite,
                   "the Hessian holds NaN or infinity: the calibration activations overflowed, which no damping cures; "

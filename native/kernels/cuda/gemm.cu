@@ -150,6 +150,8 @@ __global__ __launch_bounds__(threads, 2) void product_kernel(Tiles t) {
   const int count = int(min(t.slice, t.steps - first));
   const uint4* a = t.a + (row * tile * t.steps + first) * segment;
   const uint4* b = t.b + (column * tile * t.steps + first) * segment;
+  const int warp = threadIdx.x / 32;
+  const bool inside = row * tile + warp / 2 * 64 < t.m && column * tile + warp % 2 * 64 < t.n;  // else this warp only copies
   float sum[4][8][4] = {};
   for (int s = 0; s < stages - 1; s++) {
     if (s < count) load_stage(shared + s * stage_pieces, a + s * segment, b + s * segment, t.steps);
@@ -162,14 +164,14 @@ __global__ __launch_bounds__(threads, 2) void product_kernel(Tiles t) {
     if (ahead < count) load_stage(shared + to * stage_pieces, a + ahead * segment, b + ahead * segment, t.steps);
     copy_commit();
 #pragma unroll
-    for (int k = 0; k < 2; k++) {
+    for (int k = 0; k < 2 && inside; k++) {
       Fragments f;
       load_fragments(f, shared + slot * stage_pieces, k);
       multiply(sum, f);
     }
     slot = slot == stages - 1 ? 0 : slot + 1;
   }
-  store_tile(t, sum, row * tile, column * tile);
+  if (inside) store_tile(t, sum, row * tile, column * tile);
 }
 
 __global__ void add_slices_kernel(Tiles t, int slices) {
@@ -249,20 +251,6 @@ void product(Context& c, const Product& p) {
                       .partial = nullptr});
     }
   }
-}
-
-int32_t* clear_flag(Context& c) {
-  int32_t* flag = c.scratch[slot_flag].get<int32_t>(1);
-  check(cudaMemsetAsync(flag, 0, sizeof *flag, c.stream), "clearing memory of the GPU");
-  return flag;
-}
-
-int32_t read_flag(Context& c) {
-  int32_t found = 0;
-  check(cudaMemcpyAsync(&found, c.scratch[slot_flag].get<int32_t>(1), sizeof found, cudaMemcpyDeviceToHost, c.stream),
-        "copying from the GPU");
-  check(cudaStreamSynchronize(c.stream), "running on the GPU");
-  return found;
 }
 
 }  // namespace eac::cuda

@@ -10,25 +10,9 @@
 // BOUND       3 m n k multiply-adds in bf16 (half of them if `lower`), where m and n are at least a few hundred; else the operands' bytes:
 //             they are read once, written split and read again by each row or column of tiles.
 #pragma once
-#include "kernels/cuda/context.cuh"
+#include "kernels/cuda/calibration.cuh"
 
 namespace eac::cuda {
-
-// The scratch memory of calibration: operations call each other, so each has its own.
-enum Slot {
-  slot_split_a,
-  slot_split_b,
-  slot_partial,
-  slot_matrix,   // factor: the f64 matrix
-  slot_blocks,   // factor: inverses of its diagonal blocks, a panel
-  slot_weights,  // quantize, two-stream: f32 (rows, cols)
-  slot_ordered,  // the same in the factor's order
-  slot_errors,   // GPTQ: a block's errors. Router: targets' window, products, vectors by row
-  slot_gram,
-  slot_vectors,
-  slot_sums,
-  slot_flag,
-};
 
 // X (rows × k): element (i, j) = data[i * ld + j], or data[j * ld + i] if transposed; minus f32 `minus` of the same layout; times weights[j].
 struct Operand {
@@ -89,9 +73,5 @@ __device__ __forceinline__ void lower_tile(int64_t t, int64_t& row, int64_t& col
   while ((row + 1) * (row + 2) / 2 <= t) row++;
   column = t - row * (row + 1) / 2;
 }
-
-// What kernels have found wrong, in slot_flag; waits for the stream.
-int32_t* clear_flag(Context&);
-int32_t read_flag(Context&);
 
 }  // namespace eac::cuda

@@ -14,6 +14,5 @@ MISSING(pesf_mask, PesfMask)
 MISSING(experts, Experts)
 MISSING(sample, Sample)
 MISSING(pack_weight, PackWeight)
-MISSING(calibrate_router, CalibrateRouter)
 __attribute__((weak)) WeightBytes weight_bytes(int32_t, int64_t, int64_t, int64_t) { return {}; }
 }  // namespace eac::cuda

@@ -6,12 +6,9 @@
 namespace eac::cuda {
 namespace {
 
-__global__ void load_weights_kernel(Quantize q, float* w, int32_t* flag) {
+__global__ void load_weights_kernel(Quantize q, float* w) {
   const int64_t i = global_thread();
-  if (i >= q.rows * q.cols) return;
-  const float v = load_float(q.storage, q.w, i);
-  if (!(fabsf(v) <= 3.402823466e38f)) atomicOr(flag, 1);
-  w[i] = v;
+  if (i < q.rows * q.cols) w[i] = load_float(q.storage, q.w, i);
 }
 
 __global__ __launch_bounds__(256) void fit_groups_kernel(Quantize q, const float* w, int64_t groups, int64_t first, int64_t count,
@@ -46,14 +43,15 @@ void quantize(Context& c, const Quantize& given) {
   require(!q.u || q.order, "GPTQ needs the factor's order");
   if (q.rows == 0) return;
   if (q.group_size > q.cols) q.group_size = q.cols;
-  int32_t* flag = clear_flag(c);
+  clear_findings(c);
   float* w = c.scratch[slot_weights].get<float>(q.rows * q.cols);
-  launch<load_weights_kernel>(c, per_element(q.rows * q.cols), q, w, flag);
+  launch<load_weights_kernel>(c, per_element(q.rows * q.cols), q, w);
+  find_non_finite(c, w, q.rows * q.cols, 1);
   if (q.u)
     solve_gptq(c, q, w);
   else
     fit_groups(c, q, w, 0, ceil_div(q.cols, q.group_size), q.codes);
-  if (read_flag(c)) throw Failure{Status::non_finite, "the weight holds NaN or infinity and cannot be quantized"};
+  if (read_findings(c)) throw Failure{Status::non_finite, "the weight holds NaN or infinity and cannot be quantized"};
 }
 
 }  // namespace eac::cuda
