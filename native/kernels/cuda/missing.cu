@@ -8,11 +8,5 @@ MISSING(head_linear, HeadLinear)
 MISSING(experts, Experts)
 MISSING(sample, Sample)
 MISSING(pack_weight, PackWeight)
-MISSING(hessian, Hessian)
-MISSING(cross, Cross)
-MISSING(factor, Factor)
-MISSING(two_stream, TwoStream)
-MISSING(quantize, Quantize)
-MISSING(calibrate_router, CalibrateRouter)
 __attribute__((weak)) WeightBytes weight_bytes(int32_t, int64_t, int64_t, int64_t) { return {}; }
 }  // namespace eac::cuda
