@@ -4,9 +4,7 @@ namespace eac::cuda {
 #define MISSING(name, Args) \
   __attribute__((weak)) void name(Context&, const Args&) { throw Failure{Status::failed, #name " is not there yet"}; }
 MISSING(linear, Linear)
-MISSING(head_linear, HeadLinear)
 MISSING(experts, Experts)
-MISSING(sample, Sample)
 MISSING(pack_weight, PackWeight)
 __attribute__((weak)) WeightBytes weight_bytes(int32_t, int64_t, int64_t, int64_t) { return {}; }
 }  // namespace eac::cuda
