@@ -46,7 +46,7 @@ export class Decoder {
   readonly layers: LayerStages[] = [];
   readonly h: Register;
   readonly #architecture: Architecture;
-  readonly #device: Device;
+  readonly device: Device;
   readonly #program: Program;
   readonly #ids: Register;
   readonly #logits: Register;
@@ -61,7 +61,7 @@ export class Decoder {
 
   constructor(architecture: Architecture, weights: WeightSource, device: Device = 'cpu') {
     this.#architecture = architecture;
-    this.#device = device;
+    this.device = device;
     const { embedding, hiddenSize, vocabSize } = architecture;
     const b = new ProgramBuilder();
     this.h = b.register('h', hiddenSize);
@@ -81,7 +81,9 @@ export class Decoder {
       b.push({ op: 'lastRows', x: this.h, out: last });
       sample(last);
     });
-    this.#lastTokens = b.stage(() => sample(pushLastTokens(b, weights, architecture.layers.at(-1)!, architecture.layers.length - 1)));
+    this.#lastTokens = b.stage(() =>
+      sample(pushLastTokens(b, weights, architecture.layers.at(-1)!, architecture.layers.length - 1)),
+    );
     this.#program = b.build(device);
 
     const hb = new ProgramBuilder();
@@ -99,7 +101,7 @@ export class Decoder {
 
   createCache(): KvCache {
     const widths = this.#architecture.layers.map(({ attention }) => cacheWidths(attention));
-    return native().createKvCache(widths, this.#device);
+    return native().createKvCache(widths, this.device);
   }
 
   /** Embeds the batch and runs all layers; the caller reads the frame inside `use`. Caches hold the batch only if all went well. */

@@ -117,7 +117,10 @@ export class MoeModel {
     const activations = checkActivations(options.activations ?? 'int8');
     const { gpuMemory } = options;
     if (gpuMemory !== undefined && !(Number.isFinite(gpuMemory) && gpuMemory > 0)) {
-      throw new EacMoeError('INVALID_ARGUMENT', `gpuMemory must be a positive number of bytes; found ${gpuMemory}`);
+      throw new EacMoeError(
+        'INVALID_ARGUMENT',
+        `gpuMemory must be a positive number of bytes; found ${gpuMemory}`,
+      );
     }
     const { headBits = 16 } = options;
     if (headBits !== 4 && headBits !== 16) {
@@ -153,6 +156,11 @@ export class MoeModel {
   /** @internal */
   get decoder(): Decoder {
     return this.#live().decoder;
+  }
+
+  /** Where the model computes. */
+  get device(): Device {
+    return this.#live().decoder.device;
   }
 
   /** A key-value cache for one sequence: f32 keys and values of every layer, growing with the sequence. */
