@@ -3,16 +3,8 @@
 namespace eac::cuda {
 #define MISSING(name, Args) \
   __attribute__((weak)) void name(Context&, const Args&) { throw Failure{Status::failed, #name " is not there yet"}; }
-MISSING(norm, Norm)
 MISSING(linear, Linear)
-MISSING(head_linear, HeadLinear)
-MISSING(rope, Rope)
-MISSING(attention, Attention)
-MISSING(route, Route)
-MISSING(prune, Prune)
-MISSING(pesf_mask, PesfMask)
 MISSING(experts, Experts)
-MISSING(sample, Sample)
 MISSING(pack_weight, PackWeight)
 __attribute__((weak)) WeightBytes weight_bytes(int32_t, int64_t, int64_t, int64_t) { return {}; }
 }  // namespace eac::cuda
