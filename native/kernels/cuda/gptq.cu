@@ -133,7 +133,7 @@ template <int q> __device__ __forceinline__ void solve_places(const Block& b, co
 // x.w holds the errors.
 __device__ __forceinline__ void store_rows(const Block& b, int64_t row0, const Rows& x) {
   const int lane = threadIdx.x % 32;
-  const int64_t steps = (b.size + split_step - 1) / split_step;
+  const int64_t steps = ceil_div(b.size, split_step);
 #pragma unroll
   for (int r = 0; r < rows_a_warp; r++) {
     const int64_t row = row0 + r;
@@ -160,7 +160,7 @@ __global__ __launch_bounds__(warps * 32) void solve_block_kernel(Block b) {
   load_rows(b, row0, x);
   load_upper(b, u);
   __syncthreads();
-  solve_places<0>(b, u, staged, row0, x);
+  if (row0 < b.q.rows) solve_places<0>(b, u, staged, row0, x);  // the others only pad the errors with zeros
   store_rows(b, row0, x);
 }
 
