@@ -274,8 +274,7 @@ export interface Sequence {
  * than alpha / experts of a sequence's choices. Sequences shorter than minTokens, and single tokens, keep all.
  */
 export type Pruning = { mode: 'drop' | 'renormalize' | 'reselect' } & (
-  | { mask: Uint8Array }
-  | { alpha: number; minTokens: number }
+  { mask: Uint8Array } | { alpha: number; minTokens: number }
 );
 
 export interface Sampling {

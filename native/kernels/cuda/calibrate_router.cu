@@ -181,9 +181,8 @@ class Solver {
  public:
   Solver(Context& c, const CalibrateRouter& a) : c_(c), a_(a) {
     const int64_t all = a.experts * a.width, pairs = a.n * a.experts, d = a.width;
-    place(c.scratch[slot_tokens], [&](Pieces& p) {
-      p(x_.norm, a.n), p(x_.s, pairs), p(x_.mask, pairs), p(x_.partial, loss_blocks);
-    });
+    place(c.scratch[slot_tokens],
+          [&](Pieces& p) { p(x_.norm, a.n), p(x_.s, pairs), p(x_.mask, pairs), p(x_.partial, loss_blocks); });
     place(c.scratch[slot_rows], [&](Pieces& p) {
       for (double** f64 : {&x_.v, &x_.r, &x_.p, &x_.best}) p(*f64, all);
       for (float** f32 : {&x_.z, &x_.y, &x_.direction}) p(*f32, all);
@@ -219,12 +218,18 @@ class Solver {
 
   // s = X P^T, then masked
   void forward(const float* p, bool as_miss) {
-    product(c_, {.m = a_.n, .n = a_.experts, .k = a_.width, .a = {a_.x, a_.width}, .b = {p, a_.width}, .c = x_.s, .ldc = a_.experts});
+    product(c_,
+            {.m = a_.n, .n = a_.experts, .k = a_.width, .a = {a_.x, a_.width}, .b = {p, a_.width}, .c = x_.s, .ldc = a_.experts});
     launch<mask_kernel>(c_, per_element(a_.n * a_.experts), a_, x_.mask, as_miss, x_.s);
   }
   // out = s^T X
   void back(float* out) {
-    product(c_, {.m = a_.experts, .n = a_.width, .k = a_.n, .a = {x_.s, a_.experts, true}, .b = {a_.x, a_.width, true}, .c = out,
+    product(c_, {.m = a_.experts,
+                 .n = a_.width,
+                 .k = a_.n,
+                 .a = {x_.s, a_.experts, true},
+                 .b = {a_.x, a_.width, true},
+                 .c = out,
                  .ldc = a_.width});
   }
 
@@ -248,7 +253,12 @@ class Solver {
   void direct() {
     launch<scale_rows_kernel>(c_, per_element(a_.experts * a_.width), a_, x_);
     const auto times = [&](const float* in, bool transposed, float* out) {
-      product(c_, {.m = a_.experts, .n = a_.width, .k = a_.width, .a = {in, a_.width}, .b = {x_.u, a_.width, transposed}, .c = out,
+      product(c_, {.m = a_.experts,
+                   .n = a_.width,
+                   .k = a_.width,
+                   .a = {in, a_.width},
+                   .b = {x_.u, a_.width, transposed},
+                   .c = out,
                    .ldc = a_.width});
     };
     times(x_.z, false, x_.y);

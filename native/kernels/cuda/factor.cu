@@ -119,10 +119,28 @@ void factor_lower(Context& c, double* a, int64_t size, double* blocks, int32_t* 
     const int64_t rest = size / tile - k - 1;
     launch<diagonal_block_kernel>(c, {dim3(1), dim3(256), shared}, diagonal, size, inverse, flag);
     if (rest == 0) return;
-    multiply_f64(c, {.a = below, .lda = size, .b = inverse, .ldb = tile, .c = below, .ldc = size, .rows = rest, .columns = 1,
-                     .sign = 1, .fresh = 0, .transposed = true});
-    multiply_f64(c, {.a = below, .lda = size, .b = below, .ldb = size, .c = below + tile, .ldc = size, .rows = rest,
-                     .columns = rest, .sign = -1, .transposed = true, .lower = true});
+    multiply_f64(c, {.a = below,
+                     .lda = size,
+                     .b = inverse,
+                     .ldb = tile,
+                     .c = below,
+                     .ldc = size,
+                     .rows = rest,
+                     .columns = 1,
+                     .sign = 1,
+                     .fresh = 0,
+                     .transposed = true});
+    multiply_f64(c, {.a = below,
+                     .lda = size,
+                     .b = below,
+                     .ldb = size,
+                     .c = below + tile,
+                     .ldc = size,
+                     .rows = rest,
+                     .columns = rest,
+                     .sign = -1,
+                     .transposed = true,
+                     .lower = true});
   }
 }
 
@@ -133,11 +151,27 @@ void invert_lower(Context& c, double* a, int64_t size, const double* blocks, dou
     const int64_t rest = size / tile - k - 1;
     launch<take_panel_kernel>(c, per_element((rest + 1) * tile * tile), row + k * tile, size, rest * tile, inverse, panel);
     if (k > 0)
-      multiply_f64(c, {.a = inverse, .lda = tile, .b = row, .ldb = size, .c = row, .ldc = size, .rows = 1, .columns = k,
-                       .sign = 1, .fresh = 0});
+      multiply_f64(c, {.a = inverse,
+                       .lda = tile,
+                       .b = row,
+                       .ldb = size,
+                       .c = row,
+                       .ldc = size,
+                       .rows = 1,
+                       .columns = k,
+                       .sign = 1,
+                       .fresh = 0});
     if (rest > 0)
-      multiply_f64(c, {.a = panel, .lda = tile, .b = row, .ldb = size, .c = below, .ldc = size, .rows = rest, .columns = k + 1,
-                       .sign = -1, .fresh = k});
+      multiply_f64(c, {.a = panel,
+                       .lda = tile,
+                       .b = row,
+                       .ldb = size,
+                       .c = below,
+                       .ldc = size,
+                       .rows = rest,
+                       .columns = k + 1,
+                       .sign = -1,
+                       .fresh = k});
   }
 }
 
@@ -166,8 +200,7 @@ void factor(Context& c, const Factor& f) {
                   "the Hessian holds NaN or infinity: the calibration activations overflowed, which no damping cures; "
                   "check the model and the calibration data before you raise the damping"};
   if (found)
-    throw Failure{Status::not_positive_definite,
-                  "the Hessian is not positive definite even with its damping: raise the damping"};
+    throw Failure{Status::not_positive_definite, "the Hessian is not positive definite even with its damping: raise the damping"};
 }
 
 }  // namespace eac::cuda

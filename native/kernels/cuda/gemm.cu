@@ -11,10 +11,10 @@ namespace eac::cuda {
 namespace {
 
 constexpr int tile = 128, stages = 3, threads = 128;
-constexpr int segment = 8;                               // 16-byte pieces a row and step
-constexpr int stage_pieces = 2 * tile * segment;         // A, then B
+constexpr int segment = 8;                        // 16-byte pieces a row and step
+constexpr int stage_pieces = 2 * tile * segment;  // A, then B
 constexpr int64_t longest_sum = 4096, shortest_slice = 512;
-constexpr int64_t split_elements = int64_t(1) << 26;     // rows of A are taken in pieces of about this size
+constexpr int64_t split_elements = int64_t(1) << 26;  // rows of A are taken in pieces of about this size
 
 struct Split {
   Operand from;
@@ -54,7 +54,7 @@ __global__ __launch_bounds__(256) void split_kernel(Split s) {
 
 struct Tiles {
   const uint4 *a, *b;
-  int64_t steps, slice;  // of the operands; of a slice
+  int64_t steps, slice;   // of the operands; of a slice
   int64_t m, n, columns;  // columns: of tiles
   bool lower;
   float alpha;

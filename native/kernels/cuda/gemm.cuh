@@ -31,7 +31,7 @@ struct Product {
   int64_t ldc;
   float alpha = 1;
   bool add = false;
-  bool lower = false;                 // m = n: only what lies on and below the diagonal; the rest of C keeps its values or gets any
+  bool lower = false;  // m = n: only what lies on and below the diagonal; the rest of C keeps its values or gets any
   const uint16_t* split_a = nullptr;  // instead of a: split already
 };
 void product(Context&, const Product&);
@@ -58,10 +58,10 @@ struct MultiplyF64 {
   double* c;
   int64_t ldc;
   int64_t rows, columns;
-  double sign;                   // 1 or -1
+  double sign;                       // 1 or -1
   int64_t fresh = int64_t(1) << 40;  // from this column of tiles on, C counts as 0
-  bool transposed = false;       // b holds B^T
-  bool lower = false;            // rows = columns: only tiles on and below the diagonal
+  bool transposed = false;           // b holds B^T
+  bool lower = false;                // rows = columns: only tiles on and below the diagonal
 };
 inline constexpr int64_t tile_f64 = 64;
 void multiply_f64(Context&, const MultiplyF64&);

@@ -121,7 +121,8 @@ template <int q> __device__ __forceinline__ void solve_columns(const float* u, i
   }
 }
 
-template <int q> __device__ __forceinline__ void solve_places(const Block& b, const float* u, float* staged, int64_t row0, Rows& x) {
+template <int q>
+__device__ __forceinline__ void solve_places(const Block& b, const float* u, float* staged, int64_t row0, Rows& x) {
   const int column = 32 * q + threadIdx.x % 32;
   if (32 * q >= b.size) return;
   if (b.fits && (b.begin + 32 * q) % b.q.group_size == 0) fit_rows(b, row0, 32 * q, staged, x);

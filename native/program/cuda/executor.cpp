@@ -226,7 +226,10 @@ class CudaExecutor : public Executor {
   const Batch& batch_of(op::Register r) const {
     return frame_.program().registers[size_t(r)].per_sequence ? batch_.last : batch_.tokens;
   }
-  Precision precision() const { return frame_.activations == Activations::f32 ? Precision::exact : Precision::fast; }
+  // Products with weights that are not quantized are always exact, as on the CPU: routers depend on it.
+  Precision precision(bool quantized) const {
+    return quantized && frame_.activations == Activations::int8 ? Precision::fast : Precision::exact;
+  }
   template <class Arguments> void call(Status (*f)(Context*, const Arguments*), const Arguments& a) const {
     stream_(f(stream_.context(), &a));
   }
@@ -242,7 +245,8 @@ class CudaExecutor : public Executor {
     call<Norm>(t().norm, {data(o.x), rows(o.x), width(o.x), p().storage, p().tensor, p().bias, o.eps, data(o.out)});
   }
   void operator()(const op::Linear& o) {
-    call<Linear>(t().linear, {data(o.x), rows(o.x), p().weight, p().bias_storage, p().bias, o.add, precision(), data(o.out)});
+    call<Linear>(t().linear, {data(o.x), rows(o.x), p().weight, p().bias_storage, p().bias, o.add,
+                              precision(std::holds_alternative<QuantMatrix>(o.weight)), data(o.out)});
   }
   void operator()(const op::Rope& o) {
     const auto& r = o.rope;
@@ -286,7 +290,7 @@ class CudaExecutor : public Executor {
     call<Experts>(t().experts,
                   {data(o.x), rows(o.x), width(o.x), data(o.weights), ints(o.indices), width(o.weights), int64_t(e.count()),
                    e.hidden_of(0), list, p().experts.data(), e.shared.has_value(), e.shared ? e.hidden_of(e.count()) : 0,
-                   p().output_gate, Activation(int32_t(e.activation)), o.add, precision(), data(o.out)});
+                   p().output_gate, Activation(int32_t(e.activation)), o.add, precision(e.int8.has_value()), data(o.out)});
     if (staged) staging()->leave(stream_, op_);
   }
   void operator()(const op::Glu& o) {

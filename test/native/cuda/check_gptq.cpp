@@ -30,7 +30,10 @@ struct Case {
   std::string name() const {
     return std::to_string(rows) + " x " + std::to_string(cols) + ", " + std::to_string(bits) + " bit, groups of " +
            std::to_string(group_size) + (symmetric ? ", symmetric" : "") + (clip_search ? ", clip search" : "") +
-           (act_order ? ", ordered" : "") + (importance ? ", importance" : "") + (dtype == DType::f32 ? "" : dtype == DType::f16 ? ", f16" : ", bf16");
+           (act_order ? ", ordered" : "") + (importance ? ", importance" : "") +
+           (dtype == DType::f32   ? ""
+            : dtype == DType::f16 ? ", f16"
+                                  : ", bf16");
   }
   QuantOptions options() const { return {bits, group_size, symmetric, clip_search}; }
 };
@@ -74,8 +77,7 @@ double squared_error(const Case& c, const Tensor& w, const vector<float>& import
   for (int64_t r = 0; r < c.rows; r++)
     for (int64_t i = 0; i < c.cols; i++) {
       const size_t g = z(r * groups + i / c.group_size);
-      const double d =
-          element(w, r * c.cols + i) - double(f16_to_f32(scales[g])) * (codes[z(r * c.cols + i)] - double(zeros[g]));
+      const double d = element(w, r * c.cols + i) - double(f16_to_f32(scales[g])) * (codes[z(r * c.cols + i)] - double(zeros[g]));
       sum += d * d * (importance.empty() ? 1.0 : double(importance[z(i)]));
     }
   return sum;
@@ -144,7 +146,8 @@ void check_gptq_of(const Case& c) {
     vector<double> d(z(c.cols));
     for (int64_t i = 0; i < c.cols; i++) {
       const size_t g = z(r * groups + i / c.group_size);
-      d[z(i)] = element(w, r * c.cols + i) - double(f16_to_f32(got.scales[g])) * (got.codes[z(r * c.cols + i)] - double(got.zeros[g]));
+      d[z(i)] =
+          element(w, r * c.cols + i) - double(f16_to_f32(got.scales[g])) * (got.codes[z(r * c.cols + i)] - double(got.zeros[g]));
     }
     for (int64_t i = 0; i < c.cols; i++)
       for (int64_t j = 0; j < c.cols; j++)
@@ -155,8 +158,8 @@ void check_gptq_of(const Case& c) {
   std::snprintf(text, sizeof text, "other codes %.3f %%, error %+.4f %%, of the codes %+.4f %%", 100 * codes_off,
                 100 * (error / want.error - 1), 100 * (direct / want.error - 1));
   const double limit = c.clip_search ? 0.05 : 0.01;
-  report("gptq, " + c.name(), codes_off <= limit && std::fabs(error / want.error - 1) <= 1e-3 && std::fabs(direct / want.error - 1) <= 1e-3,
-         text);
+  report("gptq, " + c.name(),
+         codes_off <= limit && std::fabs(error / want.error - 1) <= 1e-3 && std::fabs(direct / want.error - 1) <= 1e-3, text);
 }
 
 void check_refusals() {
@@ -183,8 +186,8 @@ void check_gptq() {
       check_gptq_of({9, 200, bits, 32, false, bits == 4, act_order});
     }
   check_gptq_of({2, 40, 4, 128, false, true});
-  check_gptq_of({130, 150, 4, 150, false, true});              // one group over several blocks
-  check_gptq_of({7, 330, 3, 160, false, true});                // groups of several blocks
+  check_gptq_of({130, 150, 4, 150, false, true});  // one group over several blocks
+  check_gptq_of({7, 330, 3, 160, false, true});    // groups of several blocks
   check_gptq_of({7, 330, 3, 160, true, true, true});
   check_gptq_of({7, 250, 4, 96, false, true, false, DType::f16});
   check_gptq_of({7, 300, 2, 128, false, true, true, DType::bf16});
@@ -208,9 +211,11 @@ void time_gptq() {
     const Factor factor{h, cols, 0.01, true, order, diagonal, u};
     device()(t.factor(device().context, &factor));
     for (const bool clip_search : {false, true}) {
-      Quantize q{Storage::f32, w, rows, cols, 3, 128, false, clip_search, true, diagonal, order, u, codes, scales, zeros, row_error};
+      Quantize q{Storage::f32, w,        rows,  cols, 3,     128,    false, clip_search,
+                 true,         diagonal, order, u,    codes, scales, zeros, row_error};
       timed("gptq, ordered, 3 bit, " + shape + (clip_search ? ", clip search" : ""),
-            {.operations = 3.0 * double(rows) * double(cols) * double(cols)}, [&] { device()(t.quantize(device().context, &q)); });
+            {.operations = 3.0 * double(rows) * double(cols) * double(cols)},
+            [&] { device()(t.quantize(device().context, &q)); });
       q.u = nullptr;
       timed("round to nearest, 3 bit, " + shape + (clip_search ? ", clip search" : ""), {.bytes = 13.0 * double(rows * cols)},
             [&] { device()(t.quantize(device().context, &q)); });

@@ -72,7 +72,8 @@ void check_hessian_of(int64_t m, int64_t n, bool weighted) {
 }
 
 void check_cross_of(int64_t m, int64_t n, bool weighted) {
-  const vector<float> x = activations(m, n, 21), full = activations(m, n, 24), w = normal(z(m), 22), before = normal(z(n * n), 23);
+  const vector<float> x = activations(m, n, 21), full = activations(m, n, 24), w = normal(z(m), 22),
+                      before = normal(z(n * n), 23);
   const Buffer<float> dx(x), df(full), dw(w), d(before);
   const Cross args{df, dx, m, n, weighted ? dw.data() : nullptr, d};
   device()(device().table.cross(device().context, &args));
@@ -185,8 +186,8 @@ void check_two_stream_of(Storage storage, int64_t rows, int64_t n) {
     for (const double v : target) largest = std::max(largest, std::fabs(v));
     want.insert(want.end(), target.begin(), target.end());
   }
-  close("two stream, " + std::to_string(rows) + " x " + std::to_string(n) + ", storage " + std::to_string(int(storage)), out.read(),
-        want, 2e-5 * (1 + largest));
+  close("two stream, " + std::to_string(rows) + " x " + std::to_string(n) + ", storage " + std::to_string(int(storage)),
+        out.read(), want, 2e-5 * (1 + largest));
 }
 
 void check_hessian() {

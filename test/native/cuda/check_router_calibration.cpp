@@ -43,7 +43,8 @@ struct Result {
 Result run(const Streams& s, int64_t k, double ridge, int32_t max_iterations = 100) {
   const Buffer<float> w(s.w), x(s.x), targets(s.targets), out(s.w.size());
   Result r{};
-  const CalibrateRouter args{w, x, targets, s.experts, s.width, s.tokens, k, ridge, 1e-5, max_iterations, out, &r.iterations, r.loss};
+  const CalibrateRouter args{w,     x,    targets,        s.experts, s.width,       s.tokens, k,
+                             ridge, 1e-5, max_iterations, out,       &r.iterations, r.loss};
   r.status = device().table.calibrate_router(device().context, &args);
   r.out = out.read();
   return r;
@@ -124,8 +125,7 @@ void time_router_calibration() {
     double loss[2] = {};
     const CalibrateRouter args{w, x, targets, experts, width, n, k, 1e-3, 1e-5, 10, out, &iterations, loss};
     timed("router calibration, 65536 tokens, " + std::to_string(experts) + " x " + std::to_string(width) + ", 10 iterations",
-          {.bytes = 12 * 24.0 * double(n * width)},
-          [&] { device()(device().table.calibrate_router(device().context, &args)); });
+          {.bytes = 12 * 24.0 * double(n * width)}, [&] { device()(device().table.calibrate_router(device().context, &args)); });
   }
 }
 
