@@ -150,11 +150,13 @@ __device__ __forceinline__ void store_tile(const Tiles& t, const float (&sum)[4]
     float2 old[2][8] = {};
 #pragma unroll
     for (int j = 0; j < 16; j++)
-      if (add && row + j / 8 * 8 < t.m) old[j / 8][j % 8] = load_two(at + j / 8 * 8 * ld + j % 8 * 8, t.n - column - j % 8 * 8, pairs);
+      if (add && row + j / 8 * 8 < t.m)
+        old[j / 8][j % 8] = load_two(at + j / 8 * 8 * ld + j % 8 * 8, t.n - column - j % 8 * 8, pairs);
 #pragma unroll
     for (int j = 0; j < 16; j++) {
       const int half = j / 8, k = j % 8;
-      const float2 v = make_float2(alpha * sum[i][k][2 * half] + old[half][k].x, alpha * sum[i][k][2 * half + 1] + old[half][k].y);
+      const float2 v =
+          make_float2(alpha * sum[i][k][2 * half] + old[half][k].x, alpha * sum[i][k][2 * half + 1] + old[half][k].y);
       if (row + half * 8 < t.m) store_two(at + half * 8 * ld + k * 8, v, t.n - column - k * 8, pairs);
     }
   }
