@@ -111,23 +111,23 @@ __global__ __launch_bounds__(threads) void direct_kernel(CalibrateRouter a, Stat
   __shared__ double shared[33];
   const int64_t e = blockIdx.x, begin = e * a.width, end = begin + a.width;
   const bool active = x.active[e];
-  Row row = x.rows[e];
+  Row& row = x.rows[e];
+  const double first = row.first, best = row.best, before = row.rz;
   double rz = 0;
   for (int64_t i = begin + threadIdx.x; active && i < end; i += threads) rz += double(x.z[i]) * x.r[i];
   rz = block_sum(rz, shared);
-  const bool better = active && row.first != 0 && rz < row.best;
-  if (row.first == 0) row.first = row.best = rz;
-  const bool goes_on = active && rz > a.tolerance * a.tolerance * row.first;
-  const double beta = row.rz > 0 ? rz / row.rz : 0;
+  const bool begins = first == 0, better = active && !begins && rz < best;
+  const bool goes_on = active && rz > a.tolerance * a.tolerance * (begins ? rz : first);
+  const double beta = before > 0 ? rz / before : 0;
   for (int64_t i = begin + threadIdx.x; i < end; i += threads) {
     if (better) x.best[i] = x.v[i];
     if (goes_on) x.p[i] = x.z[i] + beta * x.p[i];
     x.direction[i] = goes_on ? float(x.p[i]) : 0.f;
   }
   if (threadIdx.x > 0 || !active) return;
-  if (better) row.best = rz;
+  if (begins) row.first = rz;
+  if (begins || better) row.best = rz;
   row.rz = rz;
-  x.rows[e] = row;
   x.active[e] = goes_on;
 }
 

@@ -121,25 +121,45 @@ __device__ __forceinline__ void multiply(float (&sum)[4][8][4], const Fragments&
     for (int j = 0; j < 8; j++) mma_bf16(sum[i][j], f.a[1][i], f.b[0][j]);
 }
 
+// Two neighbours of row `at`, of which `count` exist; pairs: they are aligned.
+__device__ __forceinline__ float2 load_two(const float* at, int64_t count, bool pairs) {
+  if (pairs && count > 1) return *reinterpret_cast<const float2*>(at);
+  return make_float2(count > 0 ? at[0] : 0.f, count > 1 ? at[1] : 0.f);
+}
+__device__ __forceinline__ void store_two(float* at, float2 v, int64_t count, bool pairs) {
+  if (pairs && count > 1) {
+    *reinterpret_cast<float2*>(at) = v;
+  } else {
+    if (count > 0) at[0] = v.x;
+    if (count > 1) at[1] = v.y;
+  }
+}
+
+// What C holds is read for 16 rows at a time before any of it is written, so that its way from memory is waited for four times only.
 __device__ __forceinline__ void store_tile(const Tiles& t, const float (&sum)[4][8][4], int64_t row0, int64_t column0) {
   float* c = t.partial ? t.partial + blockIdx.z * t.m * t.n : t.c;
   const int64_t ld = t.partial ? t.n : t.ldc;
   const float alpha = t.partial ? 1.f : t.alpha;
-  const bool add = t.add && !t.partial;
+  const bool add = t.add && !t.partial, pairs = ld % 2 == 0 && reinterpret_cast<uintptr_t>(c) % 8 == 0;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t column = column0 + warp % 2 * 64 + 2 * (lane % 4);
 #pragma unroll
-  for (int i = 0; i < 4; i++)
+  for (int i = 0; i < 4; i++) {
+    const int64_t row = row0 + warp / 2 * 64 + i * 16 + lane / 4;
+    float* at = c + row * ld + column;
+    float2 old[2][8] = {};
 #pragma unroll
-    for (int j = 0; j < 8; j++)
+    for (int j = 0; j < 16; j++)
+      if (add && row + j / 8 * 8 < t.m)
+        old[j / 8][j % 8] = load_two(at + j / 8 * 8 * ld + j % 8 * 8, t.n - column - j % 8 * 8, pairs);
 #pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const int64_t row = row0 + warp / 2 * 64 + i * 16 + lane / 4 + e / 2 * 8;
-        const int64_t column = column0 + warp % 2 * 64 + j * 8 + 2 * (lane % 4) + e % 2;
-        if (row < t.m && column < t.n) {
-          float* at = c + row * ld + column;
-          *at = alpha * sum[i][j][e] + (add ? *at : 0.f);
-        }
-      }
+    for (int j = 0; j < 16; j++) {
+      const int half = j / 8, k = j % 8;
+      const float2 v =
+          make_float2(alpha * sum[i][k][2 * half] + old[half][k].x, alpha * sum[i][k][2 * half + 1] + old[half][k].y);
+      if (row + half * 8 < t.m) store_two(at + half * 8 * ld + k * 8, v, t.n - column - k * 8, pairs);
+    }
+  }
 }
 
 __global__ __launch_bounds__(threads, 2) void product_kernel(Tiles t) {

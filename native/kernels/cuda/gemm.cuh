@@ -4,9 +4,10 @@
 //                           A B^T = hi hi^T + hi lo^T + lo hi^T, summed in f32.
 //             multiply_f64: C = sign A B + C in f64, on tiles of 64 × 64 with an inner dimension of 64.
 // LIMITS      product: hi keeps 8 significant bits and lo the next 8, so that a term a b is off by at most 3 * 2^-18 |a b|, 2^-16 in round
-//             figures. Tensor cores cut sums off instead of rounding them; a sum therefore runs over at most 4096 terms before it is added to
-//             the others with rounding: below 3e-5 even where all terms are positive. A Hessian is damped by 1e-2 of its mean diagonal and
-//             comes from a sample of tokens; GPTQ's updates move weights by less than a quantization step. Both are far coarser.
+//             figures. Tensor cores cut sums off instead of rounding them, which shows where all terms are positive; a sum therefore runs
+//             over at most 4096 terms before it is added to the others with rounding: about 2e-5, at worst 9e-5. A Hessian is damped by
+//             1e-2 of its mean diagonal and comes from a sample of tokens; GPTQ's updates move weights by less than a quantization step:
+//             both are far coarser.
 // BOUND       3 m n k multiply-adds in bf16 (half of them if `lower`), where m and n are at least a few hundred; else the operands' bytes:
 //             they are read once, written split and read again by each row or column of tiles.
 #pragma once

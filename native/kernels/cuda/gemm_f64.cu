@@ -51,9 +51,10 @@ template <bool transposed> __global__ __launch_bounds__(threads, 3) void multipl
 #pragma unroll
     for (int i = 0; i < 4; i++)
 #pragma unroll
-      for (int j = 0; j < 4; j++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) sum[i][j][e] = p.sign * c[8 * i * p.ldc + 8 * j + e];
+      for (int j = 0; j < 4; j++) {
+        const double2 v = *reinterpret_cast<const double2*>(c + 8 * i * p.ldc + 8 * j);
+        sum[i][j][0] = p.sign * v.x, sum[i][j][1] = p.sign * v.y;
+      }
   }
   copy_wait<0>();
   __syncthreads();
@@ -62,8 +63,7 @@ template <bool transposed> __global__ __launch_bounds__(threads, 3) void multipl
   for (int i = 0; i < 4; i++)
 #pragma unroll
     for (int j = 0; j < 4; j++)
-#pragma unroll
-      for (int e = 0; e < 2; e++) c[8 * i * p.ldc + 8 * j + e] = p.sign * sum[i][j][e];
+      *reinterpret_cast<double2*>(c + 8 * i * p.ldc + 8 * j) = make_double2(p.sign * sum[i][j][0], p.sign * sum[i][j][1]);
 }
 
 }  // namespace

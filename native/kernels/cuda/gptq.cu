@@ -98,7 +98,7 @@ __device__ __forceinline__ void fit_rows(const Block& b, int64_t row0, int i, fl
   }
 }
 
-// Columns 32 q .. 32 q + 31. pivot: U's diagonal at this lane's column.
+// Columns 32 q .. 32 q + 31. pivot: 1 over U's diagonal at this lane's column. Only the division by the scale must be exact: ties hang on it.
 template <int q> __device__ __forceinline__ void solve_columns(const float* u, int count, float top, float pivot, Rows& x) {
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
@@ -109,7 +109,7 @@ template <int q> __device__ __forceinline__ void solve_columns(const float* u, i
 #pragma unroll
     for (int r = 0; r < rows_a_warp; r++) {
       const float code = round_limited(x.w[r][q], x.scale[r][q], -x.zero[r][q], top - x.zero[r][q]);
-      const float mine = (x.w[r][q] - code * x.scale[r][q]) / pivot;
+      const float mine = (x.w[r][q] - code * x.scale[r][q]) * pivot;
       const float error = __shfl_sync(0xffffffffu, mine, l);
 #pragma unroll
       for (int s = q; s < places; s++) x.w[r][s] -= error * right[s];
@@ -126,7 +126,7 @@ __device__ __forceinline__ void solve_places(const Block& b, const float* u, flo
   const int column = 32 * q + threadIdx.x % 32;
   if (32 * q >= b.size) return;
   if (b.fits && (b.begin + 32 * q) % b.q.group_size == 0) fit_rows(b, row0, 32 * q, staged, x);
-  const float pivot = column < b.size ? u[column * widest + column] : 1.f;
+  const float pivot = column < b.size ? 1 / u[column * widest + column] : 1.f;
   solve_columns<q>(u, int(min(int64_t(32), b.size - 32 * q)), float((1 << b.q.bits) - 1), pivot, x);
   if constexpr (q + 1 < places) solve_places<q + 1>(b, u, staged, row0, x);
 }
@@ -134,7 +134,7 @@ __device__ __forceinline__ void solve_places(const Block& b, const float* u, flo
 // x.w holds the errors.
 __device__ __forceinline__ void store_rows(const Block& b, int64_t row0, const Rows& x) {
   const int lane = threadIdx.x % 32;
-  const int64_t steps = (b.size + split_step - 1) / split_step;
+  const int64_t steps = ceil_div(b.size, split_step);
 #pragma unroll
   for (int r = 0; r < rows_a_warp; r++) {
     const int64_t row = row0 + r;
@@ -161,7 +161,7 @@ __global__ __launch_bounds__(warps * 32) void solve_block_kernel(Block b) {
   load_rows(b, row0, x);
   load_upper(b, u);
   __syncthreads();
-  solve_places<0>(b, u, staged, row0, x);
+  if (row0 < b.q.rows) solve_places<0>(b, u, staged, row0, x);  // the others only pad the errors with zeros
   store_rows(b, row0, x);
 }
 

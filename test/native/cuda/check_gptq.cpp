@@ -191,36 +191,65 @@ void check_gptq() {
   check_gptq_of({7, 330, 3, 160, true, true, true});
   check_gptq_of({7, 250, 4, 96, false, true, false, DType::f16});
   check_gptq_of({7, 300, 2, 128, false, true, true, DType::bf16});
-  if (!device().emulated()) check_gptq_of({300, 1000, 3, 128, false, true, true});
+  if (!device().slow()) check_gptq_of({300, 1000, 3, 128, false, true, true});
   check_refusals();
 }
 
-void time_gptq() {
-  const auto& t = device().table;
-  for (const auto& [rows, cols] : {std::pair<int64_t, int64_t>{14336, 4096}, {4096, 14336}, {1408, 2048}, {2048, 1408}}) {
-    const std::string shape = std::to_string(rows) + " x " + std::to_string(cols);
-    const int64_t tokens = 4096, groups = cols / 128;
-    const Buffer<float> x(normal(z(tokens * cols), 1)), w(normal(z(rows * cols), 2)), h(vector<float>(z(cols * cols), 0.f));
-    const Buffer<float> diagonal(z(cols)), u(z(cols * cols));
-    const Buffer<int32_t> order(z(cols));
-    const Buffer<uint8_t> codes(z(rows * cols)), zeros(z(rows * groups));
-    const Buffer<uint16_t> scales(z(rows * groups));
-    const Buffer<double> row_error(z(rows));
-    const Hessian hessian{x, tokens, cols, nullptr, h};
-    device()(t.hessian(device().context, &hessian));
+// Everything that quantizing weights of a width needs, on random weights and activations.
+struct Solve {
+  int64_t rows, cols, tokens = 4096;
+  Buffer<float> x, w, h, diagonal, u;
+  Buffer<int32_t> order;
+  Buffer<uint8_t> codes, zeros;
+  Buffer<uint16_t> scales;
+  Buffer<double> row_error;
+  Solve(int64_t rows_, int64_t cols_)
+      : rows(rows_),
+        cols(cols_),
+        x(repeated_normal(tokens * cols, 1)),
+        w(repeated_normal(rows * cols, 2)),
+        h(vector<float>(z(cols * cols), 0.f)),
+        diagonal(z(cols)),
+        u(z(cols * cols)),
+        order(z(cols)),
+        codes(z(rows * cols)),
+        zeros(z(rows * cols / 128)),
+        scales(z(rows * cols / 128)),
+        row_error(z(rows)) {}
+
+  void statistics(int64_t all_tokens) const {
+    const Hessian args{x, tokens, cols, nullptr, h};
+    device()(device().table.zero(device().context, h, h.size() * sizeof(float)));
+    for (int64_t t = 0; t < all_tokens; t += tokens) device()(device().table.hessian(device().context, &args));
     const Factor factor{h, cols, 0.01, true, order, diagonal, u};
-    device()(t.factor(device().context, &factor));
+    device()(device().table.factor(device().context, &factor));
+  }
+  void quantize(bool gptq, bool clip_search) const {
+    const Quantize args{Storage::f32, w,           rows,  cols,     3,     128,
+                        false,        clip_search, true,  diagonal, order, gptq ? u.data() : nullptr,
+                        codes,        scales,      zeros, row_error};
+    device()(device().table.quantize(device().context, &args));
+  }
+};
+
+void time_gptq() {
+  for (const auto& [rows, cols] : {std::pair<int64_t, int64_t>{14336, 4096}, {4096, 14336}, {1408, 2048}, {2048, 1408}}) {
+    const Solve s(rows, cols);
+    s.statistics(s.tokens);
     for (const bool clip_search : {false, true}) {
-      Quantize q{Storage::f32, w,        rows,  cols, 3,     128,    false, clip_search,
-                 true,         diagonal, order, u,    codes, scales, zeros, row_error};
-      timed("gptq, ordered, 3 bit, " + shape + (clip_search ? ", clip search" : ""),
-            {.operations = 3.0 * double(rows) * double(cols) * double(cols)},
-            [&] { device()(t.quantize(device().context, &q)); });
-      q.u = nullptr;
-      timed("round to nearest, 3 bit, " + shape + (clip_search ? ", clip search" : ""), {.bytes = 13.0 * double(rows * cols)},
-            [&] { device()(t.quantize(device().context, &q)); });
+      const std::string shape = std::to_string(rows) + " x " + std::to_string(cols) + (clip_search ? ", clip search" : "");
+      timed("gptq, ordered, 3 bit, " + shape, {.operations = 3.0 * double(rows * cols * cols)},
+            [&] { s.quantize(true, clip_search); });
+      timed("round to nearest, 3 bit, " + shape, {.bytes = 13.0 * double(rows * cols)}, [&] { s.quantize(false, clip_search); });
     }
   }
+  const Solve in(14336, 4096), hidden(4096, 14336);
+  timed("an expert of Mixtral, Hessians of 262144 tokens to codes (a layer: 8 times that)", {}, [&] {
+    in.statistics(262144);
+    for (int matrix = 0; matrix < 2; matrix++) in.quantize(true, true);
+    hidden.statistics(262144);
+    hidden.quantize(true, true);
+  });
 }
 
 const Group group("gptq", check_gptq, time_gptq);

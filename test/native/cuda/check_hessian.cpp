@@ -40,16 +40,18 @@ Moments moments(const vector<float>& a, const vector<float>* minus, const vector
   return r;
 }
 
-// |got - want| against what gemm.cuh promises: 2^-16 of the terms' sizes, and f32 rounding.
-void within_terms(const std::string& name, const vector<float>& got, const vector<double>& want, const vector<double>& size) {
+// |got - want| against what gemm.cuh promises: 2^-16 of the terms' sizes, and what a long sum of equal signs loses besides.
+void within_terms(const std::string& name, const vector<float>& got, const vector<double>& want, const vector<double>& size,
+                  bool long_sum = false) {
   double worst = 0;
   for (size_t i = 0; i < want.size(); i++) {
     const double error = std::fabs(double(got[i]) - want[i]) / (size[i] + 1e-3);
     worst = error <= worst ? worst : std::isnan(error) ? INFINITY : error;
   }
+  const double limit = 0x1p-16 + (long_sum ? 9e-5 : 0);
   char text[80];
-  std::snprintf(text, sizeof text, "largest error %.2e of the terms (limit 2^-16)", worst);
-  report(name, worst <= 0x1p-16, text);
+  std::snprintf(text, sizeof text, "largest error %.2e of the terms (limit %.1e)", worst, limit);
+  report(name, worst <= limit, text);
 }
 
 void check_hessian_of(int64_t m, int64_t n, bool weighted) {
@@ -64,7 +66,7 @@ void check_hessian_of(int64_t m, int64_t n, bool weighted) {
   for (size_t i = 0; i < before.size(); i++) want.sum[i] += before[i], want.size[i] += std::fabs(before[i]);
   const vector<float> got = h.read();
   const std::string shape = std::to_string(m) + " x " + std::to_string(n) + (weighted ? ", weights" : "");
-  within_terms("hessian, " + shape, got, want.sum, want.size);
+  within_terms("hessian, " + shape, got, want.sum, want.size, m > 1000);
   bool symmetric = true;
   for (int64_t i = 0; i < n; i++)
     for (int64_t j = 0; j < i; j++) symmetric = symmetric && got[z(i * n + j)] == got[z(j * n + i)];
@@ -197,8 +199,9 @@ void check_hessian() {
   check_hessian_of(1100, 33, true);  // in slices
   check_cross_of(45, 131, true);
   check_cross_of(33, 64, false);
-  if (!device().emulated()) {
-    check_hessian_of(9000, 257, true);
+  if (!device().slow()) {
+    check_hessian_of(9000, 257, false);
+    check_hessian_of(9000, 130, true);
     check_cross_of(9000, 130, false);
   }
   for (const int64_t n : {1, 63, 64, 150}) {
@@ -206,7 +209,7 @@ void check_hessian() {
     for (const bool act_order : {false, true})
       check_factor_of("factor, " + std::to_string(n) + (act_order ? ", ordered" : ""), h, n, 0.01, act_order);
   }
-  if (!device().emulated()) check_factor_of("factor, 520, ordered", hessian_of(800, 520, 31), 520, 0.01, true);
+  if (!device().slow()) check_factor_of("factor, 520, ordered", hessian_of(800, 520, 31), 520, 0.01, true);
   vector<float> equals(130 * 130, 0.f);  // equal diagonals, channels without energy
   for (size_t i = 0; i < 130; i++) equals[i * 131] = float(i % 3);
   check_factor_of("factor, ties", equals, 130, 0.01, true);
@@ -219,20 +222,22 @@ void check_hessian() {
 void time_hessian() {
   const auto& t = device().table;
   for (const int64_t n : {int64_t(2048), int64_t(4096), int64_t(14336)}) {
-    const int64_t m = 16384, rows = 4096;
+    const int64_t m = 4096, rows = 4096;
     const std::string channels = std::to_string(n) + " channels";
-    const Buffer<float> x(normal(z(m * n), 1)), h(vector<float>(z(n * n), 0.f)), diagonal(z(n)), u(z(n * n));
+    const Buffer<float> x(repeated_normal(m * n, 1)), h(vector<float>(z(n * n), 0.f)), diagonal(z(n)), u(z(n * n));
     const Buffer<int32_t> order(z(n));
     const Hessian hessian{x, m, n, nullptr, h};
-    const double operations = 3.0 * double(m) * double(n) * double(n);
-    timed("hessian, 16384 tokens, " + channels + " (262144: 16 times that)", {.operations = operations},
+    timed("hessian, 4096 tokens, " + channels + " (262144: 64 times that)", {.operations = 3.0 * double(m * n * n)},
           [&] { device()(t.hessian(device().context, &hessian)); });
+    const Cross cross{x, x, m, n, nullptr, h};
+    timed("cross, 4096 tokens, " + channels, {.operations = 6.0 * double(m * n * n)},
+          [&] { device()(t.cross(device().context, &cross)); });
     const Factor factor{h, n, 0.01, true, order, diagonal, u};
     timed("factor, " + channels + " (operations in f64)", {.operations = 2.0 / 3 * std::pow(double(n), 3)},
           [&] { device()(t.factor(device().context, &factor)); });
-    const Buffer<float> w(normal(z(rows * n), 2)), d(normal(z(n * n), 3)), out(z(rows * n));
+    const Buffer<float> w(repeated_normal(rows * n, 2)), d(repeated_normal(n * n, 3)), out(z(rows * n));
     const TwoStream two{Storage::f32, w, rows, n, order, u, d, 1.f, out};
-    timed("two stream, 4096 rows, " + channels, {.operations = 18.0 * double(rows) * double(n) * double(n)},
+    timed("two stream, 4096 rows, " + channels, {.operations = 18.0 * double(rows * n * n)},
           [&] { device()(t.two_stream(device().context, &two)); });
   }
 }
