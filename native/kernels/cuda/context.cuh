@@ -26,11 +26,13 @@ class Scratch {
   ~Scratch() { cudaFree(memory_); }
   // Room for n elements; contents are lost.
   template <class T> T* get(int64_t n) { return static_cast<T*>(bytes(size_t(n) * sizeof(T))); }
+  uint64_t moves() const { return moves_; }
 
  private:
   void* bytes(size_t n);
   void* memory_ = nullptr;
   size_t size_ = 0;
+  uint64_t moves_ = 0;
 };
 
 struct Context {
@@ -44,6 +46,9 @@ struct Context {
 
 struct Graph {
   cudaGraphExec_t launches;
+};
+struct Event {
+  cudaEvent_t event;
 };
 
 template <auto kernel, class... Args> void launch(Context& c, const Grid& grid, Args... args) {

@@ -1,4 +1,4 @@
-#include "emulation.h"
+#include "cuda_runtime.h"
 
 #include <setjmp.h>
 #include <ucontext.h>
@@ -14,6 +14,9 @@
 #include <vector>
 
 namespace eac::emulation {
+
+thread_local Queue* capturing = nullptr;
+
 namespace {
 
 constexpr size_t stack_bytes = 96 * 1024, slot_bytes = 64;
