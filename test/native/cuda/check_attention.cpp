@@ -155,7 +155,7 @@ void time_case(const std::string& name, int64_t heads, int64_t kv_heads, int64_t
                int32_t before, int sequences) {
   const std::vector<int32_t> lengths(size_t(sequences), tokens), starts(size_t(sequences), before);
   const Sequences s(lengths, starts);
-  const auto random = [](int64_t n) { return normal(size_t(n), 1); };
+  const auto random = [](int64_t n) { return repeated_normal(n, 1); };
   const int64_t rows = s.batch.rows;
   const Buffer<float> q(random(rows * heads * head_dim)), k(random(rows * kv_heads * head_dim)),
       v(random(rows * kv_heads * value_dim)), out(size_t(rows * heads * value_dim));

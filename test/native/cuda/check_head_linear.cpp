@@ -58,7 +58,7 @@ void time_head_linear() {
       for (const auto& [in, out, x_width, out_width] :
            {std::tuple<int64_t, int64_t, int64_t, int64_t>{128, 512, 192, 576}, {512, 128, 512, 128}}) {
         const Buffer<uint16_t> weight(std::vector<uint16_t>(size_t(heads * in * out), 0x3c00));
-        const Buffer<float> x(normal(size_t(n * heads * x_width), 1)), y(size_t(n * heads * out_width));
+        const Buffer<float> x(repeated_normal(n * heads * x_width, 1)), y(size_t(n * heads * out_width));
         const HeadLinear a{x, n, heads, x_width, out_width, {Storage::bf16, 0, heads * out, in, 0, weight.data(), nullptr}, y};
         Cost cost;
         if (n <= 8)

@@ -48,7 +48,7 @@ void check_norm() {
 
 void time_norm() {
   for (const auto& [rows, width] : {std::pair<int64_t, int64_t>{1, 4096}, {4096, 2048}, {4096, 4096}, {4096 * 32, 128}}) {
-    const Buffer<float> x(normal(size_t(rows * width), 1)), out(x.size()), weight(normal(size_t(width), 2));
+    const Buffer<float> x(repeated_normal(rows * width, 1)), out(x.size()), weight(normal(size_t(width), 2));
     const Norm norm{x, rows, width, Storage::f32, weight.data(), nullptr, 1e-5f, out};
     timed("rms norm, " + std::to_string(rows) + " x " + std::to_string(width), {.bytes = 8.0 * double(x.size())},
           [&] { device()(device().table.norm(device().context, &norm)); });

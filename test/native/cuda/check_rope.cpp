@@ -52,7 +52,7 @@ void check_rope() {
 void time_rope() {
   for (const int32_t rows : {1, 4096}) {
     const Sequences s({rows}, {0});
-    const Buffer<float> x(normal(size_t(rows) * 32 * 128, 1)), frequencies(frequencies_of(64, 10000));
+    const Buffer<float> x(repeated_normal(int64_t(rows) * 32 * 128, 1)), frequencies(frequencies_of(64, 10000));
     const Rope rope{x, 32 * 128, 128, 0, 64, frequencies, nullptr, 1, 1, 0, false, s.batch};
     timed("rope, " + std::to_string(rows) + " x 32 heads of 128", {.bytes = 8.0 * double(x.size())},
           [&] { device()(device().table.rope(device().context, &rope)); });
