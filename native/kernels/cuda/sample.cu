@@ -67,7 +67,7 @@ template <class F> __device__ void for_each_logit(const Job& j, int64_t row, int
   }
 }
 
-// Whether this is the last of the row's blocks; what the others wrote is then there. All threads must call.
+// Whether this is the last of the row's blocks; what the others wrote is then in the L2 (__ldcg). All threads must call.
 __device__ bool last_block(uint32_t* finished) {
   __shared__ bool last;
   __threadfence();
@@ -116,7 +116,7 @@ __global__ void largest_kernel(Job j) {
     for (int w = 1; w < threads / 32; w++) top = max(top, warps[w]);
     atomicMax(&p.top, top);
   }
-  if (greedy && last_block(p.finished) && threadIdx.x == 0) j.s.ids[blockIdx.y] = int32_t(0xffffffffu - uint32_t(p.top));
+  if (greedy && last_block(p.finished) && threadIdx.x == 0) j.s.ids[blockIdx.y] = int32_t(0xffffffffu - uint32_t(__ldcg(&p.top)));
 }
 
 __device__ void start(const Job& j, Progress& p, Search search) {
@@ -133,7 +133,7 @@ __device__ void descend(const Job& j, Progress& p, const Histogram& h, Search se
   constexpr int each = bins / threads;
   const int from = bins - 1 - int(threadIdx.x) * each;
   Mass mass = 0, number = 0, all, unused;
-  for (int b = from; b > from - each; b--) mass += h.mass[b], number += h.count[b];
+  for (int b = from; b > from - each; b--) mass += __ldcg(&h.mass[b]), number += __ldcg(&h.count[b]);
   Mass above = sum_before(mass, &all);
   const Mass more = sum_before(number, &unused);
   if (begins && threadIdx.x == 0) {
@@ -146,14 +146,14 @@ __device__ void descend(const Job& j, Progress& p, const Histogram& h, Search se
   __syncthreads();
   if (reached >= need || reached + own < need) return;
   for (int b = from;; b--) {
-    const Mass more_here = search == count ? h.count[b] : h.mass[b];
+    const Mass mass_here = __ldcg(&h.mass[b]), more_here = search == count ? __ldcg(&h.count[b]) : mass_here;
     if (reached + more_here >= need) {
       p.need = need - reached;
       p.above += above;
       p.prefix |= uint32_t(b) << shift_of(level);
       return;
     }
-    reached += more_here, above += h.mass[b];
+    reached += more_here, above += mass_here;
   }
 }
 
@@ -210,7 +210,11 @@ __global__ void find_kernel(Job j, int launch) {
   if (!last_block(&p.finished[launch])) return;
   uint32_t left = p.index;
   int64_t block = 0;
-  while (block + 1 < gridDim.x && left >= matches[block]) left -= matches[block++];
+  for (; block + 1 < gridDim.x; block++) {
+    const uint32_t here = __ldcg(matches + block);
+    if (left < here) break;
+    left -= here;
+  }
   const float* logits = j.s.logits + blockIdx.y * j.s.vocabulary;
   const int64_t end = min(j.s.vocabulary, (block + 1) * j.chunk);
   for (int64_t from = block * j.chunk; from < end; from += threads) {
