@@ -1,4 +1,4 @@
-// Attention: keys and values go into the caches, one of two kernels attends, and split results are merged.
+// Attention: keys and values go into the caches, one of three kernels attends, and split results are merged.
 #include "kernels/cuda/attention.cuh"
 
 #include <algorithm>
@@ -73,16 +73,23 @@ __global__ void merge_kernel(Attend p) {
 
 Partials split_keys(Context& c, const Attention& a, int64_t groups, int64_t blocks, int64_t span, int64_t step, int64_t least) {
   Partials p{};
-  const int64_t most = std::min<int64_t>(most_splits, ceil_div(span, least));
-  const int64_t wanted = std::clamp<int64_t>(blocks / std::max<int64_t>(1, groups), 1, std::max<int64_t>(1, most));
+  const int64_t most = std::clamp<int64_t>(blocks / std::max<int64_t>(1, groups), 1, most_splits);
+  const int64_t wanted = std::clamp<int64_t>(span / least, 1, most);
   p.chunk = int(ceil_div(ceil_div(span, wanted), step) * step);
   p.splits = int(std::max<int64_t>(1, ceil_div<int64_t>(span, p.chunk)));
-  if (p.splits == 1) return p;
-  const int64_t n = int64_t(p.splits) * a.batch.rows * a.heads;
+  if (most == 1) return p;
+  // Room for the most, so that a sequence that grows needs no more.
+  const int64_t n = most * a.batch.rows * a.heads;
   p.values = c.scratch[0].get<float>(n * (a.value_dim + 2));
   p.max = p.values + n * a.value_dim;
   p.sum = p.max + n;
   return p;
+}
+
+Partials split_for_decoding(Context& c, const Attention& a, int64_t blocks, int64_t span, int64_t step) {
+  const int64_t groups = a.batch.sequences * a.kv_heads;
+  if (groups < blocks) return split_keys(c, a, groups, blocks, span, step, span <= 256 ? 256 : 64);
+  return split_keys(c, a, groups, 4 * blocks, span, step, 512);
 }
 
 void attention(Context& c, const Attention& a) {
@@ -90,14 +97,19 @@ void attention(Context& c, const Attention& a) {
   require(a.head_dim > 0 && a.head_dim % 8 == 0 && a.value_dim > 0 && a.value_dim % 8 == 0 && a.value_dim <= 1024,
           "attention on the GPU takes heads of a multiple of 8 channels, values up to 1024");
   require(!a.keys == !a.values, "a cache has keys and values");
+  for (const void* p : {(const void*)a.q, (const void*)a.k, (const void*)a.v, (const void*)a.out})
+    require(reinterpret_cast<uintptr_t>(p) % 16 == 0, "attention takes arrays aligned to 16 bytes");
   require(a.batch.sequences <= 65535, "more than 65535 sequences in a batch");
   if (a.batch.rows == 0) return;
   const int64_t width = a.kv_heads * (a.head_dim + a.value_dim);
   if (a.keys) launch<append_kernel>(c, per_element(a.batch.rows * width / 4), a);
   Attend p{a, int(a.heads / a.kv_heads), int(std::clamp<int64_t>(a.window, 0, 0x40000000)), {}};
   p.part.splits = 1;
-  if (a.batch.longest * p.heads_per_kv <= 8 && a.head_dim <= 256 && a.value_dim <= 256)
+  const int64_t rows = a.batch.longest * p.heads_per_kv;
+  if (rows <= 8 && a.head_dim <= 256 && a.value_dim <= 256)
     attend_few(c, p);
+  else if (rows <= 16 && a.head_dim <= 640 && a.value_dim <= 512)
+    attend_rows(c, p);
   else
     attend_tiles(c, p);
 }

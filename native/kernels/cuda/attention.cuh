@@ -2,6 +2,8 @@
 // sequence's token r / heads_per_kv. Where a group's keys are split over blocks, each leaves a partial result, and merge() puts them together
 // in the order of the keys. Exponents are to the base 2: the queries are scaled by log2(e).
 #pragma once
+#include <algorithm>
+
 #include "kernels/cuda/context.cuh"
 
 namespace eac::cuda {
@@ -52,14 +54,22 @@ __device__ __forceinline__ float attention_scale(const Attention& a, int64_t hea
   return keep / (sum * keep + exp2f(sink - top));
 }
 
+// The most keys that the rows of `tokens` tokens see.
+inline int64_t attention_span(const Attention& a, int64_t tokens) {
+  return a.window > 0 && a.window < a.batch.deepest ? std::min(a.batch.deepest, a.window + tokens - 1) : a.batch.deepest;
+}
 // Room for the partial results, for about `blocks` blocks where there are `groups` of them without splitting; `span`: the most keys that the rows
-// of a block see; `step`: keys a chunk is a multiple of.
+// of a block see; `step`: what a chunk is a multiple of; `least`: keys that are worth a block.
 Partials split_keys(Context& c, const Attention& a, int64_t groups, int64_t blocks, int64_t span, int64_t step, int64_t least);
+// The same where a block takes a whole group and `blocks` of them run at a time: all at once if that is enough, else in several rounds, so that the
+// last one is short.
+Partials split_for_decoding(Context& c, const Attention& a, int64_t blocks, int64_t span, int64_t step);
 
 // The partial results in order, if there are any.
 void merge_splits(Context& c, const Attend& p);
 
 void attend_few(Context& c, Attend p);    // attention_decode.cu: up to 8 rows a group, heads up to 256 wide
+void attend_rows(Context& c, Attend p);   // attention_rows.cu: up to 16 rows a group, keys up to 640 wide, values up to 512
 void attend_tiles(Context& c, Attend p);  // attention_tiles.cu
 
 }  // namespace eac::cuda

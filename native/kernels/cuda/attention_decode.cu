@@ -33,7 +33,7 @@ template <int R, int T> struct Block {
   const int64_t kv_head;
   const int split;
   const int rows, key_size, value_size;                // float4 a row of a tile
-  const int head_units, value_units, thread;           // float4 a head
+  const int head_units, thread;                        // float4 a head
   float4 *tiles, *queries, sums[R];                    // queries (R, head_units)
   float *scores, *shrink;                              // (R, T), (R)
   float maximum[ceil_div(R, 4)], sum[ceil_div(R, 4)];  // of rows warp, warp + 4
@@ -47,7 +47,6 @@ template <int R, int T> struct Block {
         key_size(key_units<T>(p.a.head_dim)),
         value_size(int(p.a.value_dim / 4)),
         head_units(int(p.a.head_dim / 4)),
-        value_units(value_size),
         thread(int(threadIdx.x)) {
     tiles = dynamic_shared<float4>();
     const int tile_units = stages * T * (key_size + value_size);
@@ -73,18 +72,21 @@ template <int R, int T> struct Block {
       queries[i] = make_float4(q.x * scale, q.y * scale, q.z * scale, q.w * scale);
     }
   }
-  // Keys and values of positions [from, end) on their way into a stage; zeros beyond.
+  // T rows of `units` float4, `size` apart in the tile and `stride` floats in memory, from the first on; zeros from row `valid` on.
+  __device__ void copy_rows(float4* tile, int size, int units, const float* from, int64_t stride, int valid) {
+    const int rows_on = threads / units, units_on = threads % units;  // to a thread's next piece
+    int row = thread / units, unit = thread % units;
+    while (row < T) {
+      const bool there = row < valid;
+      copy_async(tile + row * size + unit, from + (there ? row : 0) * stride + unit * 4, there);
+      row += rows_on, unit += units_on;
+      if (unit >= units) unit -= units, row++;
+    }
+  }
+  // Keys and values of positions [from, end) on their way into a stage.
   __device__ void fetch(int stage, int from, int end) {
-    for (int i = thread; i < T * head_units; i += threads) {
-      const int key = i / head_units, unit = i % head_units;
-      const bool valid = from + key < end;
-      copy_async(keys(stage) + key * key_size + unit, group.key(valid ? from + key : group.origin) + unit * 4, valid);
-    }
-    for (int i = thread; i < T * value_units; i += threads) {
-      const int key = i / value_units, unit = i % value_units;
-      const bool valid = from + key < end;
-      copy_async(values(stage) + key * value_size + unit, group.value(valid ? from + key : group.origin) + unit * 4, valid);
-    }
+    copy_rows(keys(stage), key_size, head_units, group.key(from), group.key_stride, end - from);
+    copy_rows(values(stage), value_size, value_size, group.value(from), group.value_stride, end - from);
     copy_commit();
   }
   // Key thread / lanes of the tile against all rows.
@@ -125,9 +127,9 @@ template <int R, int T> struct Block {
     }
   }
   // A thread has 4 channels of the values of some keys, a multiple of 4.
-  __device__ int value_groups() const { return threads / value_units; }
+  __device__ int value_groups() const { return threads / value_size; }
   __device__ void add_values(int stage) {
-    const int g = thread / value_units, unit = thread % value_units, each = ceil_div(ceil_div(T, value_groups()), 4) * 4;
+    const int g = thread / value_size, unit = thread % value_size, each = ceil_div(ceil_div(T, value_groups()), 4) * 4;
     if (g >= value_groups()) return;
 #pragma unroll
     for (int r = 0; r < R; r++) sums[r].x *= shrink[r], sums[r].y *= shrink[r], sums[r].z *= shrink[r], sums[r].w *= shrink[r];
@@ -182,11 +184,11 @@ template <int R, int T> struct Block {
     }
     __syncthreads();
     float* out = p.part.splits > 1 ? p.part.values + split * all * p.a.value_dim : p.a.out;
-    for (int i = thread; i < rows * value_units; i += threads) {
-      const int r = i / value_units, unit = i % value_units;
+    for (int i = thread; i < rows * value_size; i += threads) {
+      const int r = i / value_size, unit = i % value_size;
       float4 v = make_float4(0, 0, 0, 0);
       for (int g = 0; g < value_groups(); g++) {
-        const float4 s = tiles[r * threads + g * value_units + unit];
+        const float4 s = tiles[r * threads + g * value_size + unit];
         v.x += s.x, v.y += s.y, v.z += s.z, v.w += s.w;
       }
       const float scale = p.part.splits > 1 ? 1.f : shrink[r];
@@ -214,10 +216,9 @@ template <int R> void run(Context& c, const Attend& p) {
 
 void attend_few(Context& c, Attend p) {
   const Attention& a = p.a;
-  const int64_t rows = a.batch.longest * p.heads_per_kv;
-  const int64_t span = a.window > 0 ? std::min(a.batch.deepest, a.window + a.batch.longest - 1) : a.batch.deepest;
+  const int64_t rows = a.batch.longest * p.heads_per_kv, span = attention_span(a, a.batch.longest);
   // Three blocks a multiprocessor have about 100 KB under way.
-  p.part = split_keys(c, a, a.batch.sequences * a.kv_heads, 3 * c.multiprocessors, span, 32, 64);
+  p.part = split_for_decoding(c, a, 3 * c.multiprocessors, span, 32);
   rows <= 1 ? run<1>(c, p) : rows <= 2 ? run<2>(c, p) : rows <= 4 ? run<4>(c, p) : run<8>(c, p);
   merge_splits(c, p);
 }

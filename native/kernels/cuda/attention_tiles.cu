@@ -37,7 +37,7 @@ __global__ void split_queries_kernel(Attention a, int slices, unsigned char* out
     x = make_float4(q[0].x * s, q[0].y * s, q[0].z * s, q[0].w * s);
     y = make_float4(q[1].x * s, q[1].y * s, q[1].z * s, q[1].w * s);
   }
-  const Split8 both = split(x, y);
+  const Split8 both = split8(x, y);
   uint4* row = reinterpret_cast<uint4*>(out + (head * slices + piece / 8) * tile_row_bytes);
   row[piece % 8] = both.high, row[8 + piece % 8] = both.low;
 }
@@ -273,9 +273,8 @@ void attend_tiles(Context& c, Attend p) {
              nullptr};
   const int64_t tiles = ceil_div(a.batch.longest * p.heads_per_kv, int64_t(row_tile));
   const int64_t tokens = std::min<int64_t>(a.batch.longest, row_tile / p.heads_per_kv + 2);  // that a tile's rows belong to
-  const int64_t span = a.window > 0 ? std::min(a.batch.deepest, a.window + tokens - 1) : a.batch.deepest;
   const int64_t blocks = tiles * a.batch.sequences * a.kv_heads * w.parts;
-  w.p.part = split_keys(c, a, blocks, 2 * c.multiprocessors, span, key_tile(slices), 256);
+  w.p.part = split_keys(c, a, blocks, 2 * c.multiprocessors, attention_span(a, tokens), key_tile(slices), 256);
   unsigned char* query = c.scratch[1].get<unsigned char>(a.batch.rows * a.heads * w.query_slices * tile_row_bytes);
   w.query = query;
   launch<split_queries_kernel>(c, per_element(a.batch.rows * a.heads * w.query_slices * 8), a, w.query_slices, query);

@@ -102,7 +102,7 @@ struct WeightSlice {
       float f[8] = {__uint_as_float(a.x), __uint_as_float(a.y), __uint_as_float(a.z), __uint_as_float(a.w),
                     __uint_as_float(b.x), __uint_as_float(b.y), __uint_as_float(b.z), __uint_as_float(b.w)};
       if (storage != Storage::f32) to_floats(storage, a, f);
-      const Split8 s = split(make_float4(f[0], f[1], f[2], f[3]), make_float4(f[4], f[5], f[6], f[7]));
+      const Split8 s = split8(make_float4(f[0], f[1], f[2], f[3]), make_float4(f[4], f[5], f[6], f[7]));
       *reinterpret_cast<uint4*>(tile_unit(tile, row, unit)) = s.high;
       *reinterpret_cast<uint4*>(tile_unit(tile, row, unit + 8)) = s.low;
     }

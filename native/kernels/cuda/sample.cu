@@ -51,12 +51,20 @@ __device__ Mass weight_of(const Job& j, uint32_t key, uint32_t top) {
   return x > -46 ? Mass(exp(x) * double(Mass(1) << j.bits) + 0.5) : 0;
 }
 
-// Calls f(id, logit) for a block's part of a row.
+// Calls f(id, logit) for a block's part of a row. Loads come first, several at a time: nothing is loaded past an atomic operation.
 template <class F> __device__ void for_each_logit(const Job& j, int64_t row, int64_t block, F f) {
+  constexpr int batch = 8;
   const float* logits = j.s.logits + row * j.s.vocabulary;
   const int64_t end = min(j.s.vocabulary, (block + 1) * j.chunk);
-#pragma unroll 4
-  for (int64_t i = block * j.chunk + threadIdx.x; i < end; i += threads) f(uint32_t(i), logits[i]);
+  for (int64_t from = block * j.chunk + threadIdx.x; from < end; from += batch * threads) {
+    float v[batch];
+#pragma unroll
+    for (int i = 0; i < batch; i++)
+      if (from + i * threads < end) v[i] = logits[from + i * threads];
+#pragma unroll
+    for (int i = 0; i < batch; i++)
+      if (from + i * threads < end) f(uint32_t(from + i * threads), v[i]);
+  }
 }
 
 // Whether this is the last of the row's blocks; what the others wrote is then there. All threads must call.
@@ -223,7 +231,7 @@ void sample(Context& c, const Sample& s) {
   if (s.rows == 0) return;
   Job j{s, 0, 0, nullptr, nullptr};
   const int64_t fair = ceil_div(s.rows * s.vocabulary, int64_t(4) * c.multiprocessors);
-  j.chunk = std::max<int64_t>(2048, ceil_div<int64_t>(fair, threads) * threads);
+  j.chunk = std::max<int64_t>(2048, ceil_div<int64_t>(fair, 8 * threads) * 8 * threads);
   j.bits = std::min(52, 62 - int(std::bit_width(uint64_t(s.vocabulary))));
   j.rows = c.scratch[0].get<Progress>(s.rows);
   const Grid grid{dim3(unsigned(ceil_div(s.vocabulary, j.chunk)), unsigned(s.rows)), dim3(threads)};

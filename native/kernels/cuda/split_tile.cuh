@@ -22,7 +22,7 @@ __device__ __forceinline__ void split_pair(float a, float b, uint32_t& high, uin
 struct Split8 {
   uint4 high, low;
 };
-__device__ __forceinline__ Split8 split(const float4& a, const float4& b) {
+__device__ __forceinline__ Split8 split8(const float4& a, const float4& b) {
   Split8 s;
   split_pair(a.x, a.y, s.high.x, s.low.x);
   split_pair(a.z, a.w, s.high.y, s.low.y);
@@ -51,7 +51,7 @@ template <int rows, int threads> struct Staged {
 #pragma unroll
     for (int i = 0; i < pieces; i++) {
       const int piece = int(threadIdx.x) + i * threads, row = piece / 8, unit = piece % 8;
-      const Split8 s = split(v[i][0], v[i][1]);
+      const Split8 s = split8(v[i][0], v[i][1]);
       *reinterpret_cast<uint4*>(tile_unit(tile, row, unit)) = s.high;
       *reinterpret_cast<uint4*>(tile_unit(tile, row, unit + 8)) = s.low;
     }

@@ -97,14 +97,14 @@ struct Rope {  // kernels/nn/attention.h
   bool interleaved;
   Batch batch;
 };
-struct Attention {  // kernels/nn/attention.h
+// kernels/nn/attention.h. `keys`, `values`: (sequences) device arrays, each sequence's cache of this layer, [tokens, kv_heads, dim]; null, or null
+// for a sequence: it sees its own rows only. All arrays are aligned to 16 bytes; dims are multiples of 8.
+struct Attention {
   const float *q, *k, *v;
   float* out;
   Batch batch;
-  float *const *keys,
-      *const *
-          values;  // (sequences) device arrays of each sequence's cache in this layer, [tokens, kv_heads, dim]; or null: own rows
-  int64_t heads, kv_heads, head_dim, value_dim, window;
+  float *const *keys, *const *values;
+  int64_t heads, kv_heads, head_dim, value_dim, window;  // window 0: none
   float scale;
   const float* sinks;  // (heads) or null
 };

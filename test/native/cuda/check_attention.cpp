@@ -14,7 +14,8 @@ struct Case {
   std::vector<int32_t> lengths, starts;
   int64_t window = 0;
   bool cached = true, sinks = false;
-  float scale = 0;  // 0: 1 / sqrt(head_dim)
+  float scale = 0;          // 0: 1 / sqrt(head_dim)
+  bool last_alone = false;  // the last sequence has no cache
 };
 
 // The caches of a batch on the device, with some room that must stay as it is.
@@ -60,7 +61,9 @@ void check_case(const Case& c) {
   Caches caches;
   for (size_t i = 0; i < c.lengths.size(); i++) {
     Sequence sequence{s.begin[i], c.lengths[i], c.starts[i], nullptr};
-    if (c.cached) {
+    if (c.cached && c.last_alone && i + 1 == c.lengths.size()) {
+      caches.key_list.push_back(nullptr), caches.value_list.push_back(nullptr);
+    } else if (c.cached) {
       const int64_t before = c.starts[i];
       old_keys.push_back(normal(size_t(before * key_width), unsigned(10 + i)));
       old_values.push_back(normal(size_t(before * value_width), unsigned(50 + i)));
@@ -117,18 +120,30 @@ void check_attention() {
   check_case({"decode, window, sinks", 4, 2, 64, 64, {1, 1, 1}, {0, 500, 31}, 40, true, true});
   check_case({"decode, few rows", 4, 2, 40, 24, {2, 1, 4}, {90, 64, 0}, 0, true, true});
   check_case({"decode, large scores", 2, 1, 80, 80, {1, 3}, {200, 7}, 0, true, false, 1.5f});
-  check_case({"decode", 2, 2, 256, 192, {1}, {150}});
+  check_case({"decode", 2, 2, 256, 192, {1}, {450}});
+  check_case({"decode, window, split", 2, 1, 64, 128, {2}, {700}, 300, true, true});
   check_case({"decode, few rows, window", 1, 1, 8, 8, {7, 8}, {60, 3}, 5});
   check_case({"own rows, few", 4, 1, 16, 16, {2, 1, 2}, {0, 0, 0}, 0, false});
+  check_case({"decode, several rounds", 12, 12, 8, 8, std::vector<int32_t>(2, 1), {1100, 600}});
+  check_case({"decode, one sequence without a cache", 4, 2, 16, 16, {1, 2}, {40, 0}, 0, true, false, 0, true});
+  // Up to 16 rows.
+  check_case({"decode", 16, 1, 128, 128, {1, 1}, {90, 0}});
+  check_case({"decode, 10 rows, split", 10, 1, 64, 104, {1}, {600}, 0, true, true, 0.5f});
+  check_case({"decode, window, split", 24, 2, 40, 40, {1, 1}, {500, 130}, 200, true, true});
+  check_case({"few rows, window", 5, 1, 80, 64, {3, 1, 2}, {70, 64, 0}, 20});
+  check_case({"own rows, 15", 3, 1, 64, 16, {5, 2}, {0, 0}, 0, false, true});
+  check_case({"latent decode", 16, 1, 576, 512, {1, 1}, {100, 3}});
+  check_case({"latent decode, few heads", 2, 1, 576, 512, {1, 3}, {200, 3}});
   // Tiles.
+  check_case({"prefill, one sequence without a cache", 4, 2, 16, 16, {3, 70}, {40, 0}, 0, true, false, 0, true});
   check_case({"prefill", 4, 2, 128, 128, {70, 3}, {0, 0}});
   check_case({"prefill after a cache", 2, 1, 64, 64, {65, 1, 20}, {40, 90, 0}});
   check_case({"prefill, window, sinks", 2, 2, 40, 48, {150, 1}, {30, 200}, 17, true, true});
   check_case({"own rows", 2, 1, 192, 128, {67}, {0}, 0, false});
   check_case({"own rows, window", 3, 3, 72, 8, {100, 9}, {0, 0}, 70, false, true});
   check_case({"many heads a kv head, split", 24, 1, 64, 200, {1}, {700}, 0, true, true, 0.5f});
-  check_case({"latent decode", 16, 1, 576, 512, {1, 1}, {100, 3}});
-  check_case({"values wider than the keys", 2, 1, 16, 320, {10}, {5}});
+  check_case({"latent", 20, 1, 576, 512, {1, 1}, {100, 3}});
+  check_case({"values wider than the keys", 2, 1, 16, 320, {12}, {5}});
   if (device().emulated()) return;
   check_case({"long prefill", 32, 8, 128, 128, {1500, 700, 1}, {0, 1000, 3000}});
   check_case({"long decode", 32, 8, 128, 128, {1, 1, 1, 1}, {9000, 4095, 4096, 20}});

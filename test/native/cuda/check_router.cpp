@@ -40,6 +40,7 @@ std::vector<float> logits_of(const Case& c, int64_t rows) {
       if (t % 4 == 1 && gen() % 5 == 0) v = -infinity;
       if (t % 4 == 2 && gen() % 5 == 0) v = nan;
       if (t % 8 == 3 && gen() % 9 == 0) v = infinity;
+      if (t % 8 == 6 && e == 0) v = nan;
     }
   return x;
 }

@@ -59,6 +59,10 @@ void check_sample() {
   for (size_t i = 0; i < logits.size(); i += 3) logits[i] = -infinity;
   check_case("minus infinity", logits, 300, {.temperature = 1, .uniform = {}});
   check_case("minus infinity", logits, 300, {});
+  const double below_quarter = std::nextafter(0.25, 0), below_one = std::nextafter(1.0, 0);
+  equal("sample, numbers between ids",
+        sampled(std::vector<float>(24, 1), 4, {.temperature = 1, .uniform = {0, below_quarter, 0.25, 0.5, 0.75, below_one}}),
+        {0, 0, 1, 2, 3, 3});
   const size_t draws = 2000, v = 4;
   std::vector<float> same;
   Sampling s{.temperature = 1, .uniform = {}};
