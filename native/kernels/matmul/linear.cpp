@@ -18,9 +18,9 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 constexpr int64_t panel_rows = 32;   // rows expanded at a time, to stay in L2 while the tokens pass
 constexpr int64_t token_block = 96;  // tokens per expansion: their f32 rows stay in L2, too
 
-constexpr int64_t packed_from = 96;                               // from so many tokens on, packing pays
-constexpr int64_t packed_tokens_bytes = int64_t(1) << 24;         // packed at a time
-constexpr int64_t packed_rows_bytes = int64_t(1) << 19;           // of W, packed by a task: they stay in its L2
+constexpr int64_t packed_from = 96;                        // from so many tokens on, packing pays
+constexpr int64_t packed_tokens_bytes = int64_t(1) << 24;  // packed at a time
+constexpr int64_t packed_rows_bytes = int64_t(1) << 19;    // of W, packed by a task: they stay in its L2
 
 struct Weights {
   const Tensor* dense;
