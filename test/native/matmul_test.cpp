@@ -236,6 +236,15 @@ void test_linear() {
       for (int64_t n : {1, 2, 3, 4, 5, 6, 7, 13, 20})
         if (!small || n % 4 == 1) linear_case(w, n, n % 4 ? &biases[n % 4 - 1] : nullptr, float(n % 2 == 0 && n % 3 == 0));
   }
+  // So many tokens that operands are packed: edges of the tiles, few rows, channels that fill no vector.
+  const Tensor bias = random_tensor(DType::f16, 1, 101);
+  for (int64_t n : {96, 97, 103, 111, 200}) {
+    if (small && n != 103) continue;
+    linear_case(random_tensor(DType::f32, 101, 64), n, &bias, float(n % 2));
+    linear_case(random_tensor(DType::bf16, 101, 33), n, &bias, 0);
+    linear_case(random_tensor(DType::f16, 3, 70), n, nullptr, 0);
+    linear_case(random_quant(4, 41, 96, 32), n, nullptr, 0);
+  }
   linear_case(random_quant(3, 40, 1100, 128), 200, nullptr, 0);
   linear_case(random_tensor(DType::bf16, 70, 1056), 385, nullptr, 1);
 }

@@ -60,11 +60,22 @@ struct DotPanel {
   float* y;
 };
 
+// The same for packed operands: y (tokens, rows) = beta * y + A · B^T + bias, tokens and rows at most those of a GEMM tile.
+struct LaneTile {
+  int64_t k, tokens, rows;
+  const float *a, *b;  // panels of pack_lanes: tokens, as wide as gemm_f32.height(tokens); rows, gemm_f32.nr wide
+  const float* bias;   // or null
+  bool beta;
+  float* y;
+  int64_t ldy;
+};
+
 struct SoftmaxInfo {
   float max, sum;
 };  // softmax = exp(x - max) / sum
 
 constexpr int64_t tile_prefetch = 4;
+constexpr int64_t lane_gaps = 256;  // floats that a panel of pack_lanes is longer than its elements
 
 template <class T> struct GemmKernels {
   int mr, nr;  // register tile of C
@@ -99,6 +110,10 @@ struct Isa {
   int token_tile;                        // tokens that dot_panel handles at a time
   int64_t k_block;                       // channels per block that suit the caches
   void (*dot_panel)(const DotPanel& p);  // k a multiple of 32
+  // Many tokens: operands packed once, k a multiple of 32. `count` <= width rows, contiguous along k, become a panel of k * width + lane_gaps
+  // floats, zero padded; the order of its channels is lane_tile's own.
+  void (*pack_lanes)(const float* in, int64_t stride, int64_t width, int64_t count, int64_t k, float* out);
+  void (*lane_tile)(const LaneTile& t);
   // y[r] = dot(w row r, x), r < rows; k a multiple of 32. w: f32, f16 or bf16, row stride ldw in elements.
   void (*gemv)(DType dtype, const void* w, int64_t ldw, int64_t rows, int64_t k, const float* x, float* y);
 
