@@ -29,6 +29,13 @@ struct Int8Tokens {
   int64_t stride, blocks, block;
 };
 
+// Where panels begin that will be read later, to be asked for in time.
+struct PanelStart {
+  const uint8_t* codes = nullptr;
+  const uint16_t* scales = nullptr;
+  const uint8_t* zeros = nullptr;
+};
+
 // out (n, 16 * panels; row stride ldout) = tokens · panels [panel, panel + panels) of w ^T.
 struct Int8Dot {
   QuantPanels w;
@@ -38,7 +45,7 @@ struct Int8Dot {
   int64_t n;
   float* out;
   int64_t ldout;
-  const uint8_t* next = nullptr;  // codes that will be read after these, or null: they are asked for in time
+  PanelStart next = {};  // what will be read after these, or null
 };
 
 // One operand of a product while it is packed: element (i, k) lies at data[i * stride + k * k_stride].
