@@ -244,7 +244,9 @@ template <int bits> void dot_int8_bits(const Int8Dot& d) {
     const int64_t panel = d.panel + i;
     const bool last = i + width == d.panels;
     const PanelCodes w{panel_start(d.w, panel).codes, d.w.panel_bytes,
-                       !last ? panel_start(d.w, panel + width) : d.next.codes ? d.next : panel_start(d.w, panel)};
+                       !last          ? panel_start(d.w, panel + width)
+                       : d.next.codes ? d.next
+                                      : panel_start(d.w, panel)};
     if (narrow)
       for (int64_t t = 0; t < d.n; t++) int8_tile_of<bits, bits, 1, 1>(d, panel, w, 0, d.x.blocks, t);
     else if (d.n == 1)
