@@ -22,23 +22,49 @@ struct Split {
   uint16_t* to;
 };
 
+// Row and column of a thread's element i of 64 × 32: neighbours of a warp lie along the operand's lines.
+__device__ __forceinline__ int2 place_of(const Operand& x, int i) {
+  const int at = int(threadIdx.x) + 256 * i;
+  return x.transposed ? make_int2(at % 64, at / 64) : make_int2(at / 32, at % 32);
+}
+
+// All loads of a kind are issued before one is waited for.
+__device__ __forceinline__ void load_part(const Operand& x, int64_t row0, int64_t k0, int64_t rows, int64_t k, float (&v)[8]) {
+  int64_t from[8];  // -1: outside
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    const int2 at = place_of(x, i);
+    const int64_t row = row0 + at.x, column = k0 + at.y;
+    from[i] = row >= rows || column >= k ? -1 : x.transposed ? column * x.ld + row : row * x.ld + column;
+  }
+  if (x.storage == Storage::f32) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = from[i] < 0 ? 0.f : static_cast<const float*>(x.data)[from[i]];
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = from[i] < 0 ? 0.f : load_float(x.storage, x.data, from[i]);
+  }
+  if (x.minus) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] -= from[i] < 0 ? 0.f : x.minus[from[i]];
+  }
+  if (x.weights) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] *= from[i] < 0 ? 0.f : x.weights[k0 + place_of(x, i).y];
+  }
+}
+
 // A block splits 64 rows × 32 columns, through shared memory so that both sides are read and written along their lines.
 __global__ __launch_bounds__(256) void split_kernel(Split s) {
   __shared__ float part[64][33];
   const int64_t row0 = int64_t(blockIdx.x) * 64, k0 = int64_t(blockIdx.y) * split_step;
   const Operand& x = s.from;
+  float v[8];
+  load_part(x, row0, k0, s.rows, s.k, v);
 #pragma unroll
   for (int i = 0; i < 8; i++) {
-    const int at = int(threadIdx.x) + 256 * i;
-    const int r = x.transposed ? at % 64 : at / 32, j = x.transposed ? at / 64 : at % 32;
-    float v = 0;
-    if (row0 + r < s.rows && k0 + j < s.k) {
-      const int64_t from = x.transposed ? (k0 + j) * x.ld + row0 + r : (row0 + r) * x.ld + k0 + j;
-      v = load_float(x.storage, x.data, from);
-      if (x.minus) v -= x.minus[from];
-      if (x.weights) v *= x.weights[k0 + j];
-    }
-    part[r][j] = v;
+    const int2 at = place_of(x, i);
+    part[at.x][at.y] = v[i];
   }
   __syncthreads();
 #pragma unroll

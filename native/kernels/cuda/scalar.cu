@@ -10,9 +10,9 @@ namespace {
 constexpr int slab = scalar_slab, depth = 16, stride = slab + 4;
 
 // Four neighbouring elements of a row; zeros beyond `cols`.
-__device__ __forceinline__ float4 four(Storage storage, const void* data, int64_t row, int64_t cols, int64_t k, bool valid) {
+__device__ __forceinline__ float4 four(Storage storage, const void* data, int64_t row, int64_t cols, int64_t k) {
   float v[4];
-  for (int i = 0; i < 4; i++) v[i] = valid && k + i < cols ? load_float(storage, data, row * cols + k + i) : 0.f;
+  for (int i = 0; i < 4; i++) v[i] = k + i < cols ? load_float(storage, data, row + k + i) : 0.f;
   return make_float4(v[0], v[1], v[2], v[3]);
 }
 
@@ -20,11 +20,10 @@ __device__ __forceinline__ float4 four(Storage storage, const void* data, int64_
 struct Loader {
   Storage storage;
   const void* data;
-  int64_t row, cols;
-  bool valid;
+  int64_t row, cols;  // row: its first element; cols: 0 for a row that is not there
   float4 v;
 
-  __device__ __forceinline__ void fetch(int64_t k) { v = four(storage, data, row, cols, k + threadIdx.x % 4 * 4, valid); }
+  __device__ __forceinline__ void fetch(int64_t k) { v = four(storage, data, row, cols, k + threadIdx.x % 4 * 4); }
   __device__ __forceinline__ void put(float (&to)[depth][stride]) const {
     const int k = threadIdx.x % 4 * 4, at = threadIdx.x / 4;
     to[k][at] = v.x, to[k + 1][at] = v.y, to[k + 2][at] = v.z, to[k + 3][at] = v.w;
@@ -37,13 +36,13 @@ template <bool pair> __global__ __launch_bounds__(256) void scalar_kernel(Produc
   Tile t;
   if (!find_tile(p, slab, t)) return;
   const int at = threadIdx.x / 4;
+  const int64_t cols = matrix_of(p, t, false).cols, slabs = (cols + depth - 1) / depth;
   Loader w[1 + pair];
   for (int m = 0; m < 1 + pair; m++) {
     const Weight from = matrix_of(p, t, m == 1);
-    w[m] = {from.storage, from.data, t.channel + at, from.cols, t.channel + at < from.rows, {}};
+    w[m] = {from.storage, from.data, (t.channel + at) * cols, t.channel + at < from.rows ? cols : 0, {}};
   }
-  Loader x{Storage::f32, p.x, at < t.rows ? input_row(p, t.pair + at) : 0, p.x_stride, at < t.rows, {}};
-  const int64_t slabs = (p.cols + depth - 1) / depth;
+  Loader x{Storage::f32, p.x, at < t.rows ? input_row(p, t.pair + at) * p.x_stride : 0, at < t.rows ? cols : 0, {}};
   const int64_t begin = slabs * blockIdx.y / p.slices * depth, end = slabs * (blockIdx.y + 1) / p.slices * depth;
   const int c = threadIdx.x % 16, r = threadIdx.x / 16 * 4;
   float sums[1 + pair][4][4] = {};

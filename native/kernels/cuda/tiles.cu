@@ -162,7 +162,7 @@ __global__ __launch_bounds__(tile_threads, rows > 16 ? 1 : 2) void tiles_kernel(
   Tile t;
   if (!find_tile(p, p.role == Role::gate_up ? tile_slab / 2 : tile_slab, t)) return;
   const Weight w = matrix_of(p, t, threadIdx.x >= tile_threads / 2);
-  const int units = int(units_of(p.cols)), slice = int(blockIdx.y), slices = int(gridDim.y);
+  const int units = int(units_of(w.cols)), slice = int(blockIdx.y), slices = int(gridDim.y);
   const int begin = int(int64_t(units) * slice / slices), end = int(int64_t(units) * (slice + 1) / slices);
   Sums<rows> totals = {};
   if constexpr (dense) {

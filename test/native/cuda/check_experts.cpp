@@ -1,0 +1,203 @@
+#include <algorithm>
+
+#include "cuda/weights.h"
+#include "kernels/bench/random_matrix.h"
+#include "kernels/moe/experts.h"
+
+namespace eac::cuda::check {
+namespace {
+
+struct Case {
+  std::string what;
+  int64_t n, width, hidden, experts, top_k;
+  std::vector<int> kinds;  // of the matrices, in turn: gate, up, down of each expert
+  int64_t group = 128;
+  Precision precision = Precision::exact;
+  int64_t shared_hidden = 0;
+  bool output_gate = false, biases = false, dropped = false, add = false;
+  eac::Activation activation = eac::Activation::silu;
+};
+
+// A layer on both sides.
+class Layer {
+ public:
+  explicit Layer(const Case& c) {
+    for (int64_t e = 0; e < c.experts + (c.shared_hidden > 0); e++) {
+      const int64_t hidden = e < c.experts ? c.hidden : c.shared_hidden;
+      const unsigned seed = unsigned(e * 3);
+      const auto matrix = [&](unsigned which, int64_t rows, int64_t cols) {
+        const int kind = c.kinds[size_t(e * 3 + which) % c.kinds.size()];
+        matrices.emplace_back(any_matrix(rows, cols, kind, c.group, false, seed + which));
+        return matrices.back().weight;
+      };
+      list.push_back(
+          {matrix(0, hidden, c.width), matrix(1, hidden, c.width), matrix(2, c.width, hidden), nullptr, nullptr, nullptr});
+      if (c.biases && e < c.experts) {
+        list.back().gate_bias = bias(gate_biases, hidden, seed + 100), list.back().up_bias = bias(up_biases, hidden, seed + 101);
+        list.back().down_bias = bias(down_biases, c.width, seed + 102);
+      }
+    }
+    if (c.output_gate) output_gate.emplace_back(any_matrix(1, c.width, 16, 0, false, 77));
+    device_list = std::make_unique<Buffer<Expert>>(list);
+  }
+  eac::Experts host(const Case& c) const {
+    std::vector<Matrix> gate, up, down;
+    for (size_t e = 0; e < size_t(c.experts); e++)
+      gate.push_back(matrices[e * 3].host), up.push_back(matrices[e * 3 + 1].host), down.push_back(matrices[e * 3 + 2].host);
+    std::optional<SharedExpert> shared;
+    if (c.shared_hidden) {
+      const size_t at = size_t(c.experts) * 3;
+      shared = SharedExpert{matrices[at].host, matrices[at + 1].host, matrices[at + 2].host, std::nullopt};
+      if (c.output_gate) shared->output_gate = output_gate[0].host;
+    }
+    std::optional<ExpertBiases> biases;
+    if (c.biases) biases = ExpertBiases{gate_biases, up_biases, down_biases};
+    return {gate, up, down, c.activation, shared, biases};
+  }
+  double bytes(const std::vector<bool>& used) const {
+    double sum = 0;
+    for (size_t e = 0; e < list.size(); e++)
+      for (size_t m = 0; m < 3; m++) sum += e >= used.size() || used[e] ? matrices[e * 3 + m].bytes() : 0;
+    return sum;
+  }
+
+  std::vector<DeviceMatrix> matrices, output_gate;
+  std::vector<Expert> list;
+  std::unique_ptr<Buffer<Expert>> device_list;
+
+ private:
+  std::vector<Tensor> gate_biases, up_biases, down_biases;
+  std::vector<Buffer<float>> device_biases;
+  const float* bias(std::vector<Tensor>& to, int64_t n, unsigned seed) {
+    const std::vector<float> v = normal(size_t(n), seed);
+    Tensor t = Tensor::zeros(DType::f32, {n});
+    std::copy(v.begin(), v.end(), t.f32());
+    to.push_back(t);
+    device_biases.emplace_back(v);
+    return device_biases.back();
+  }
+};
+
+struct Choice {
+  std::vector<float> weights;
+  std::vector<int32_t> indices;
+};
+// Different experts a token, some of them liked by most tokens.
+Choice choose(const Case& c) {
+  std::mt19937 gen(5);
+  Choice r;
+  for (int64_t t = 0; t < c.n; t++) {
+    std::vector<int32_t> order;
+    for (int32_t e = 0; e < c.experts; e++) order.push_back(e);
+    std::shuffle(order.begin() + (t % 2 ? 1 : 0), order.end(), gen);
+    for (int64_t j = 0; j < c.top_k; j++) {
+      r.indices.push_back(c.dropped && gen() % 3 == 0 ? -1 : order[size_t(j)]);
+      r.weights.push_back(std::uniform_real_distribution<float>(0.1f, 1.0f)(gen));
+    }
+  }
+  return r;
+}
+
+// What a call is made of. `keep` owns what it points to.
+Experts call_of(const Case& c, const Layer& layer, const Buffer<float>& x, const Buffer<float>& weights,
+                const Buffer<int32_t>& indices, float* out) {
+  Experts e{};
+  e.x = x, e.n = c.n, e.width = c.width, e.weights = weights, e.indices = indices, e.top_k = c.top_k, e.experts = c.experts;
+  e.hidden = c.hidden, e.list = *layer.device_list, e.shapes = layer.list.data(), e.shared = c.shared_hidden > 0;
+  e.shared_hidden = c.shared_hidden, e.activation = Activation(int(c.activation)), e.add = c.add, e.precision = c.precision,
+  e.out = out;
+  if (c.output_gate) e.output_gate = layer.output_gate[0].weight;
+  return e;
+}
+
+std::string name_of(const Case& c) {
+  return "experts " + c.what + ", " + std::to_string(c.n) + (c.n == 1 ? " token" : " tokens") +
+         (c.precision == Precision::fast ? ", fast" : "");
+}
+
+void check_case(const Case& c) {
+  const Layer layer(c);
+  const Choice choice = choose(c);
+  const std::vector<float> x = normal(size_t(c.n * c.width), 1), before = normal(x.size(), 2);
+  const Buffer<float> in(x), weights(choice.weights), out = c.add ? Buffer<float>(before) : Buffer<float>(x.size());
+  const Buffer<int32_t> indices(choice.indices);
+  const Experts e = call_of(c, layer, in, weights, indices, out);
+  device()(device().table.experts(device().context, &e));
+  std::vector<float> want = before;
+  run_experts_reference(x.data(), c.n, c.width, choice.weights.data(), choice.indices.data(), c.top_k, layer.host(c),
+                        c.add ? 1.0f : 0.0f, want.data(), Activations::f32);
+  // Fast: inputs and hidden values rounded to 8 bits.
+  close(name_of(c), out.read(), {want.begin(), want.end()}, c.precision == Precision::fast ? 2e-2 : 4e-5);
+}
+
+void check_experts() {
+  const auto gelu = eac::Activation::gelu_tanh, clamped = eac::Activation::clamped_swiglu;
+  const Precision fast = Precision::fast;
+  // Few tokens: streamed.
+  check_case({"int4", 1, 128, 96, 6, 2, {4}});
+  check_case({"int3, shared, gated", 1, 160, 96, 5, 3, {3}, 32, Precision::exact, 160, true});
+  check_case(
+      {"int2, all bits, shared, added", 3, 192, 128, 7, 2, {2, 3, 4, 4}, 64, Precision::exact, 320, false, false, false, true});
+  check_case({"int4, biases, dropped", 8, 128, 40, 9, 4, {4, 3}, 32, Precision::exact, 0, false, true, true, false, clamped});
+  check_case({"int3, shared, gated, dropped", 8, 96, 352, 300, 2, {3}, 96, fast, 64, true, false, true, true, gelu});
+  check_case({"int2, long rows", 5, 64, 2400, 3, 2, {2}, 128});
+  // Many tokens: sorted, tiles of 16 and of 64 pairs.
+  check_case({"int4", 12, 128, 96, 6, 2, {4}});
+  check_case({"int2, int3, int4, shared, gated, biases, dropped, added",
+              40,
+              160,
+              144,
+              5,
+              2,
+              {2, 3, 4, 4, 2},
+              32,
+              Precision::exact,
+              200,
+              true,
+              true,
+              true,
+              true,
+              clamped});
+  check_case({"int3, shared", 100, 288, 160, 3, 2, {3}, 96, fast, 64});
+  check_case({"int4, one expert has all", 150, 64, 40, 1, 1, {4}, 64, Precision::exact, 0, false, true});
+  check_case({"int2, slices", 10, 64, 2400, 2, 1, {2}, 128});
+  check_case({"int4, many experts", 20, 64, 32, 300, 3, {4}, 32, Precision::exact, 32, true});
+  // Dense, and dense among quantized.
+  check_case({"bf16, shared, gated", 1, 72, 96, 4, 2, {16}, 0, Precision::exact, 64, true});
+  check_case({"bf16, biases", 70, 136, 72, 2, 2, {16}, 0, fast, 0, false, true, true, false, gelu});
+  check_case({"f16", 9, 61, 33, 3, 2, {17}, 0, Precision::exact, 45, true, true, true, true});
+  check_case({"f32, slices", 70, 100, 1400, 2, 1, {32}});
+  check_case(
+      {"all kinds", 60, 128, 96, 6, 3, {4, 4, 16, 16, 16, 32, 17, 17, 3, 32, 32, 2}, 64, Precision::exact, 160, true, true});
+}
+
+void time_experts() {
+  struct Shape {
+    const char* name;
+    int64_t width, hidden, experts, top_k, shared_hidden;
+  };
+  for (const Shape& s : {Shape{"Qwen1.5-MoE", 2048, 1408, 60, 4, 5632}, Shape{"Mixtral", 4096, 14336, 8, 2, 0}})
+    for (const int bits : {2, 3, 4}) {
+      Case c{s.name + (" " + kind_name(bits)), 4096, s.width, s.hidden, s.experts, s.top_k, {bits}};
+      c.shared_hidden = s.shared_hidden, c.output_gate = s.shared_hidden > 0;
+      const Layer layer(c);
+      const Choice choice = choose(c);
+      const Buffer<float> x(normal(size_t(c.n * c.width), 1)), weights(choice.weights), out(x.size());
+      const Buffer<int32_t> indices(choice.indices);
+      for (const int64_t n : {1, 8, 32, 128, 512, 4096})
+        for (const Precision precision : {Precision::fast, Precision::exact}) {
+          c.n = n, c.precision = precision;
+          const Experts e = call_of(c, layer, x, weights, indices, out);
+          std::vector<bool> used(size_t(c.experts));
+          for (int64_t i = 0; i < n * c.top_k; i++) used[size_t(choice.indices[size_t(i)])] = true;
+          const double products = double(n) * (double(c.top_k * c.hidden) + double(c.shared_hidden));
+          const Cost cost = n <= 32 ? Cost{.bytes = layer.bytes(used)} : Cost{.operations = 6.0 * products * double(c.width)};
+          timed(name_of(c), cost, [&] { device()(device().table.experts(device().context, &e)); });
+        }
+    }
+}
+
+const Group group("experts", check_experts, time_experts);
+
+}  // namespace
+}  // namespace eac::cuda::check
