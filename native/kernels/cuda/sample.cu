@@ -104,11 +104,8 @@ __global__ void largest_kernel(Job j) {
   Progress& p = j.rows[blockIdx.y];
   const bool greedy = j.s.temperature <= 0;
   Mass top = 0;
-  for_each_logit(j, blockIdx.y, blockIdx.x, [&](uint32_t id, float logit) {
-    // As std::max_element: nothing is larger than a first element that is not a number.
-    const uint32_t key = greedy && id == 0 && logit != logit ? 0xffffffffu : key_of(logit);
-    top = max(top, Mass(key) << 32 | (0xffffffffu - id));
-  });
+  for_each_logit(j, blockIdx.y, blockIdx.x,
+                 [&](uint32_t id, float logit) { top = max(top, Mass(key_of(logit)) << 32 | (0xffffffffu - id)); });
   top = warp_max(top);
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = top;
   __syncthreads();
@@ -208,6 +205,10 @@ __global__ void find_kernel(Job j, int launch) {
   sum_before(own, &all);
   if (threadIdx.x == 0) matches[blockIdx.x] = uint32_t(all);
   if (!last_block(&p.finished[launch])) return;
+  if (fabsf(unordered(top_key(p))) == INFINITY) {  // nothing to draw from
+    if (threadIdx.x == 0) j.s.ids[blockIdx.y] = int32_t(0xffffffffu - uint32_t(p.top));
+    return;
+  }
   uint32_t left = p.index;
   int64_t block = 0;
   for (; block + 1 < gridDim.x; block++) {

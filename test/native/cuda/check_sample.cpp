@@ -59,6 +59,12 @@ void check_sample() {
   for (size_t i = 0; i < logits.size(); i += 3) logits[i] = -infinity;
   check_case("minus infinity", logits, 300, {.temperature = 1, .uniform = {}});
   check_case("minus infinity", logits, 300, {});
+  for (const float odd : {std::numeric_limits<float>::quiet_NaN(), infinity}) {
+    for (size_t i = 0; i < logits.size(); i += 7) logits[i] = odd;
+    std::fill_n(logits.begin(), 300, std::isnan(odd) ? odd : -infinity);
+    check_case("not finite", logits, 300, {});
+    check_case("not finite", logits, 300, {.temperature = 1, .top_k = 5, .top_p = 0.9, .uniform = {}});
+  }
   const double below_quarter = std::nextafter(0.25, 0), below_one = std::nextafter(1.0, 0);
   equal("sample, numbers between ids",
         sampled(std::vector<float>(24, 1), 4, {.temperature = 1, .uniform = {0, below_quarter, 0.25, 0.5, 0.75, below_one}}),
