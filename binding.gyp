@@ -49,6 +49,7 @@
         ['target_arch=="x64"', {'dependencies': ['eac_moe_avx2', 'eac_moe_avx512']}],
         ['target_arch=="arm64"', {'dependencies': ['eac_moe_dotprod', 'eac_moe_i8mm']}],
         ['OS=="linux"', {
+          'libraries': ['-ldl'],
           'ldflags': [
             '-pthread',
             # Our threads outlive the worker that loaded us: never unmap.

@@ -29,6 +29,8 @@ export type ErrorCode =
   /** A Hessian could not be factored. */
   | 'NOT_POSITIVE_DEFINITE'
   | 'OUT_OF_MEMORY'
+  /** The GPU's driver reported an error. */
+  | 'DEVICE'
   /** The native addon could not be loaded. */
   | 'NATIVE_UNAVAILABLE'
   /** An AbortSignal fired. */

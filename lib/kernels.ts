@@ -10,6 +10,7 @@
 import type {
   Activation,
   Activations,
+  Device,
   DType,
   HessianFactor,
   Matrix,
@@ -31,6 +32,7 @@ export type {
   Activation,
   Activations,
   Control,
+  Device,
   DType,
   Frame,
   GptqTensors,
@@ -41,6 +43,7 @@ export type {
   NumericArray,
   Op,
   Program,
+  Pruning,
   QuantMatrix,
   Register,
   RegisterSpec,
@@ -53,6 +56,13 @@ export type {
 /** The instruction set in use and those of this machine, e.g. `{ isa: 'avx2', isas: ['baseline', 'avx2'] }`. EAC_MOE_ISA caps it. */
 export function cpuInfo(): { version: string; isa: string; isas: string[] } {
   return native().info();
+}
+
+/** The GPU that device 'cuda' stands for, or why there is none. Looks for the CUDA library and a device on the first call (docs/cuda.md). */
+export function gpuInfo():
+  | { available: true; name: string; computeCapability: string; totalMemory: number; freeMemory: number }
+  | { available: false; why: string } {
+  return native().cuda();
 }
 
 /** Chooses an instruction set for the whole process, for tests and benchmarks. */
@@ -75,9 +85,9 @@ export function tensor(data: NumericArray, shape: number[], dtype: DType = 'f32'
   return native().fromArray(data, dtype, shape);
 }
 
-/** A tensor of zeros. */
-export function zeros(shape: number[], dtype: DType = 'f32'): Tensor {
-  return native().zeros(dtype, shape);
+/** A tensor of zeros. On device 'cuda' only programs made for it, and the tensor's own methods, take it. */
+export function zeros(shape: number[], dtype: DType = 'f32', device: Device = 'cpu'): Tensor {
+  return native().zeros(dtype, shape, device);
 }
 
 /**
@@ -351,8 +361,8 @@ export function createFrame(program: Program) {
 }
 
 /** Keys and values of one sequence for `attention` operations; a layer's rows are `keyWidth` and `valueWidth` f32 values a token. */
-export function createKvCache(layers: { keyWidth: number; valueWidth: number }[]) {
-  return native().createKvCache(layers);
+export function createKvCache(layers: { keyWidth: number; valueWidth: number }[], device: Device = 'cpu') {
+  return native().createKvCache(layers, device);
 }
 
 function matrixShape(name: string, t: Tensor): [number, number] {

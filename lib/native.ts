@@ -106,6 +106,7 @@ const codes: ReadonlySet<string> = new Set<ErrorCode>([
   'OUTPUT',
   'NOT_POSITIVE_DEFINITE',
   'OUT_OF_MEMORY',
+  'DEVICE',
   'NATIVE_UNAVAILABLE',
   'ABORTED',
   'DISPOSED',

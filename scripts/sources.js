@@ -5,7 +5,7 @@
  *
  * Sets: `core` (everything below native/ but the rest), `addon` (the Node-API glue), and one per instruction set that needs
  * compiler flags of its own, `avx2` and `avx512` (x86-64), `dotprod` and `i8mm` (aarch64): the files of native/kernels/cpu
- * whose name starts so. CUDA sources are a library of their own.
+ * whose name starts so. CUDA sources (.cu) are a library of their own.
  */
 'use strict';
 const { readdirSync } = require('node:fs');
@@ -21,7 +21,7 @@ function setOf(file) {
 function sources(sets) {
   return readdirSync(path.join(root, 'native'), { recursive: true })
     .map((file) => `native/${file.split(path.sep).join('/')}`)
-    .filter((file) => file.endsWith('.cpp') && !file.includes('/cuda/') && sets.includes(setOf(file)))
+    .filter((file) => file.endsWith('.cpp') && sets.includes(setOf(file)))
     .sort();
 }
 

@@ -11,12 +11,15 @@
 export type DType = 'f32' | 'f16' | 'bf16' | 'f64' | 'i32' | 'u8';
 export type NumericArray = Float32Array | Float64Array | Int32Array | Uint16Array | Uint8Array;
 export type Control = Int32Array;
+/** Where memory lies and programs run. */
+export type Device = 'cpu' | 'cuda';
 
 /** A row-major array in native memory. The matrix view has `cols` = last dimension, `rows` = product of the others. */
 export interface Tensor {
   readonly dtype: DType;
   readonly shape: number[];
   readonly byteLength: number;
+  readonly device: Device;
   /** Rows [begin, end) of the matrix view, sharing the memory. */
   rows(begin: number, end: number): Tensor;
   /** The same memory with another shape of equal size. */
@@ -185,8 +188,15 @@ export type Op =
       counts: Register;
       router: RouterSpec;
     }
-  /** Applies the frame's expert mask (see Frame.setExpertMask) to weights and indices; nothing when there is none. */
-  | { op: 'reselect'; logits: Register; weights: Register; indices: Register; router: RouterSpec }
+  /** Prunes weights and indices as the frame says (see Frame.setPruning), by the counts of `route` if it is by alpha; else does nothing. */
+  | {
+      op: 'reselect';
+      logits: Register;
+      weights: Register;
+      indices: Register;
+      counts: Register;
+      router: RouterSpec;
+    }
   /**
    * out (+)= sum over the chosen experts of weight * down(activation(gate x) * up x); pruned slots (index -1) cost nothing.
    * `shared`: an expert that every token has, times sigmoid(outputGate x) if that is given.
@@ -244,6 +254,11 @@ export interface RegisterSpec {
 /** A recorded list of operations over registers; immutable, shared by frames. */
 export interface Program {
   readonly length: number;
+  /**
+   * Copies the weights to the program's device; the first run would otherwise. `memory`: bytes of it that they may take, 0 = what is free;
+   * experts beyond stay in the host's memory and are copied ahead layer by layer. Rejects with OUT_OF_MEMORY.
+   */
+  prepare(control?: Control, memory?: number): Promise<void>;
   dispose(): void;
 }
 
@@ -253,6 +268,14 @@ export interface Sequence {
   /** Without a cache the sequence starts at position 0 and attends to its own rows only. */
   cache?: KvCache;
 }
+
+/**
+ * Which experts to prune: by a mask, per sequence and expert, 1 = kept, 0 = pruned; or by PESF (EAC-MoE, Eq. 6): an expert that gets less
+ * than alpha / experts of a sequence's choices. Sequences shorter than minTokens, and single tokens, keep all.
+ */
+export type Pruning = { mode: 'drop' | 'renormalize' | 'reselect' } & (
+  { mask: Uint8Array } | { alpha: number; minTokens: number }
+);
 
 export interface Sampling {
   /** 0 = greedy. */
@@ -271,8 +294,8 @@ export interface Frame {
   begin(ids: Int32Array | null, sequences: Sequence[]): void;
   /** Uses `tensor` (rows and width must fit) as the memory of a register, until the next bind or `null`. */
   bind(register: Register, tensor: Tensor | null): void;
-  /** Per sequence and expert, 1 = kept, 0 = pruned; `null` = no pruning. Rows: sequences. */
-  setExpertMask(mask: Uint8Array | null, mode: 'drop' | 'renormalize' | 'reselect'): void;
+  /** What `reselect` does in the runs to come; `null` = nothing. */
+  setPruning(pruning: Pruning | null): void;
   /** How linear layers and experts with quantized weights treat their inputs in the runs to come; a new frame is at 'float32'. */
   setActivations(activations: Activations): void;
   setSampling(sampling: Sampling): void;
@@ -300,11 +323,15 @@ export interface MachineRates {
 export interface NativeBinding {
   /** e.g. { version: '0.1.0', isa: 'avx512', isas: ['baseline', 'avx2', 'avx512'] } */
   info(): { version: string; isa: string; isas: string[] };
+  /** The GPU that `cuda` stands for. Looks for the library and the device on the first call. */
+  cuda():
+    | { available: true; name: string; computeCapability: string; totalMemory: number; freeMemory: number }
+    | { available: false; why: string };
   setIsa(name: string): void;
   threads(): number;
   setThreads(n: number): void;
 
-  zeros(dtype: DType, shape: number[]): Tensor;
+  zeros(dtype: DType, shape: number[], device?: Device): Tensor;
   fromArray(data: NumericArray, dtype: DType, shape: number[]): Tensor;
   /** Bytes as they lie in a file, little-endian. */
   fromBytes(data: Uint8Array, dtype: DType, shape: number[]): Tensor;
@@ -392,8 +419,9 @@ export interface NativeBinding {
     seed: number,
   ): Promise<Matrix>;
 
-  createProgram(registers: RegisterSpec[], ops: Op[]): Program;
+  /** Registers, caches and bound tensors must lie on the program's device. */
+  createProgram(registers: RegisterSpec[], ops: Op[], device?: Device): Program;
   createFrame(program: Program): Frame;
   /** Per layer the widths of a key row and a value row. */
-  createKvCache(layers: { keyWidth: number; valueWidth: number }[]): KvCache;
+  createKvCache(layers: { keyWidth: number; valueWidth: number }[], device?: Device): KvCache;
 }

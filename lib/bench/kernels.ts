@@ -3,6 +3,7 @@ import { factorGroups, gptqGroups, hessianGroups } from './calibration';
 import type { KernelBench } from './case';
 import { expertGroups } from './experts';
 import {
+  activationGroups,
   decodeGroups,
   dequantizeGroups,
   normGroups,
@@ -26,8 +27,9 @@ export const KERNELS: Readonly<Record<string, KernelBench>> = {
   gemm: { about: 'a square f32 product, hidden size³', groups: gemmGroups },
   'attention-prefill': { about: 'causal attention of a batch over itself', groups: prefillGroups },
   'attention-decode': { about: 'one token over a cache of 2048 positions', groups: decodeGroups },
-  norm: { about: 'root mean square norm', groups: normGroups },
+  norm: { about: 'root mean square norm and layer norm', groups: normGroups },
   rope: { about: 'rotary embedding', groups: ropeGroups },
+  activation: { about: 'an activation and a product, after a copy', groups: activationGroups },
   router: { about: 'router logits, softmax and top-k', groups: routerGroups },
   sample: { about: 'the next token from logits', groups: sampleGroups },
   dequantize: { about: 'quantized weights back to f32', groups: dequantizeGroups },

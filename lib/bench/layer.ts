@@ -1,4 +1,4 @@
-/** The rest of a layer: attention, norms, rotary embedding, routing, sampling. */
+/** The rest of a layer: attention, norms, rotary embedding, activations, routing, sampling. */
 import type { Op, QuantMatrix } from '../../types/native';
 import { createKvCache, randomMatrix, tensor, zeros } from '../kernels';
 import type { Case, Group, Setting } from './case';
@@ -80,17 +80,20 @@ export async function* decodeGroups({ shape, seed, cycle }: Setting): AsyncGener
   yield single(one, { dispose }, cache);
 }
 
-/** Root mean square norm: the sum of squares and two multiplications an element. */
+/** Norms: the sum of squares and two multiplications an element; for the layer norm the mean and its subtraction, and the bias. */
 export async function* normGroups({ shape, tokens, seed }: Setting): AsyncGenerator<Group> {
   const { hidden } = shape;
-  for (const n of tokens) {
-    const work = { bytes: 4 * 2 * n * hidden, operations: 4 * n * hidden };
-    yield batchGroup(n, { tokens: n }, work, (r) => {
-      const x = r.bound('x', randomInput(n, hidden, seed));
-      const out = r.bound('out', zeros([n, hidden]));
-      const weight = tensor(new Float32Array(hidden).fill(1), [hidden]);
-      return [{ op: 'rmsNorm', x, out, weight, eps: 1e-6 }];
-    });
+  for (const kind of ['rms', 'layer'] as const) {
+    for (const n of tokens) {
+      const work = { bytes: 4 * 2 * n * hidden, operations: (kind === 'rms' ? 4 : 8) * n * hidden };
+      yield batchGroup(n, { norm: kind, tokens: n }, work, (r) => {
+        const x = r.bound('x', randomInput(n, hidden, seed));
+        const out = r.bound('out', zeros([n, hidden]));
+        const weight = tensor(new Float32Array(hidden).fill(1), [hidden]);
+        if (kind === 'rms') return [{ op: 'rmsNorm', x, out, weight, eps: 1e-6 }];
+        return [{ op: 'layerNorm', x, out, weight, bias: zeros([hidden]), eps: 1e-6 }];
+      });
+    }
   }
 }
 
@@ -98,14 +101,38 @@ export async function* normGroups({ shape, tokens, seed }: Setting): AsyncGenera
 export async function* ropeGroups({ shape, tokens, seed }: Setting): AsyncGenerator<Group> {
   const { hidden } = shape;
   const { headDim } = heads(hidden);
-  for (const n of tokens) {
-    const work = { bytes: 4 * 2 * n * hidden, operations: 3 * n * hidden };
-    yield batchGroup(n, { tokens: n }, work, (r) => {
-      const x = r.bound('x', randomInput(n, hidden, seed));
-      const inverse = Float32Array.from({ length: headDim / 2 }, (_, i) => 10000 ** ((-2 * i) / headDim));
-      const frequencies = tensor(inverse, [headDim / 2]);
-      return [{ op: 'rope', x, headDim, frequencies, scale: 1, interleaved: false }];
-    });
+  for (const interleaved of [false, true]) {
+    for (const n of tokens) {
+      const work = { bytes: 4 * 2 * n * hidden, operations: 3 * n * hidden };
+      yield batchGroup(n, { pairs: interleaved ? 'interleaved' : 'halves', tokens: n }, work, (r) => {
+        const x = r.bound('x', randomInput(n, hidden, seed));
+        const inverse = Float32Array.from({ length: headDim / 2 }, (_, i) => 10000 ** ((-2 * i) / headDim));
+        const frequencies = tensor(inverse, [headDim / 2]);
+        return [{ op: 'rope', x, headDim, frequencies, scale: 1, interleaved }];
+      });
+    }
+  }
+}
+
+/**
+ * activation(gate) * up, the width of all experts of a token. It works in place, so each call begins with a copy of the gate: its bytes
+ * count. Operations: about ten an element for the exponential, and ten more for erf.
+ */
+export async function* activationGroups({ shape, tokens, seed }: Setting): AsyncGenerator<Group> {
+  const width = shape.width * shape.topK;
+  for (const activation of ['silu', 'gelu', 'gelu-tanh', 'relu'] as const) {
+    const each = { silu: 14, gelu: 35, 'gelu-tanh': 18, relu: 2 }[activation];
+    for (const n of tokens) {
+      const work = { bytes: 4 * 5 * n * width, operations: each * n * width };
+      yield batchGroup(n, { activation, tokens: n }, work, (r) => {
+        const [x, up] = ['x', 'up'].map((name, i) => r.bound(name, randomInput(n, width, seed + i)));
+        const gate = r.bound('gate', zeros([n, width]));
+        return [
+          { op: 'copy', x: x!, out: gate },
+          { op: 'glu', gate, up: up!, activation },
+        ];
+      });
+    }
   }
 }
 
@@ -139,6 +166,7 @@ export async function* sampleGroups({ seed }: Setting): AsyncGenerator<Group> {
   const ways = [
     { name: 'greedy', temperature: 0, topK: 0, topP: 1 },
     { name: 'top-p 0.95', temperature: 1, topK: 0, topP: 0.95 },
+    { name: 'top-k 50', temperature: 1, topK: 50, topP: 1 },
   ];
   const cases: Case[] = [];
   const owned: { dispose(): void }[] = [];

@@ -5,6 +5,7 @@
 import type {
   Activations,
   Control,
+  Device,
   Frame,
   KvCache,
   Program,
@@ -45,6 +46,7 @@ export class Decoder {
   readonly layers: LayerStages[] = [];
   readonly h: Register;
   readonly #architecture: Architecture;
+  readonly device: Device;
   readonly #program: Program;
   readonly #ids: Register;
   readonly #logits: Register;
@@ -57,8 +59,9 @@ export class Decoder {
   readonly #headOut: Register;
   readonly #idle: Frame[] = [];
 
-  constructor(architecture: Architecture, weights: WeightSource) {
+  constructor(architecture: Architecture, weights: WeightSource, device: Device = 'cpu') {
     this.#architecture = architecture;
+    this.device = device;
     const { embedding, hiddenSize, vocabSize } = architecture;
     const b = new ProgramBuilder();
     this.h = b.register('h', hiddenSize);
@@ -78,18 +81,27 @@ export class Decoder {
       b.push({ op: 'lastRows', x: this.h, out: last });
       sample(last);
     });
-    this.#lastTokens = b.stage(() => sample(pushLastTokens(b, weights, architecture.layers.at(-1)!)));
-    this.#program = b.build();
+    this.#lastTokens = b.stage(() =>
+      sample(pushLastTokens(b, weights, architecture.layers.at(-1)!, architecture.layers.length - 1)),
+    );
+    this.#program = b.build(device);
 
     const hb = new ProgramBuilder();
     this.#headIn = hb.register('h', hiddenSize);
     this.#headOut = hb.register('logits', vocabSize);
     pushHead(hb, weights, architecture, 'tokens', this.#headIn, this.#headOut);
-    this.#head = hb.build();
+    this.#head = hb.build(device);
+  }
+
+  /** Brings the weights to where they are used: the first run would otherwise. */
+  async prepare(control?: Control, memory?: number): Promise<void> {
+    await this.#program.prepare(control, memory);
+    await this.#head.prepare(control, memory);
   }
 
   createCache(): KvCache {
-    return native().createKvCache(this.#architecture.layers.map(({ attention }) => cacheWidths(attention)));
+    const widths = this.#architecture.layers.map(({ attention }) => cacheWidths(attention));
+    return native().createKvCache(widths, this.device);
   }
 
   /** Embeds the batch and runs all layers; the caller reads the frame inside `use`. Caches hold the batch only if all went well. */
@@ -178,33 +190,43 @@ export class Decoder {
     }
   }
 
-  async #runLayers(
-    frame: Frame,
-    batch: Batch,
-    { policy, control, onRoute, onLayer }: RunOptions,
-  ): Promise<void> {
+  async #runLayers(frame: Frame, batch: Batch, options: RunOptions): Promise<void> {
+    const { policy, control, onRoute, onLayer } = options;
+    const alone = policy?.pesf !== undefined;
+    if (policy?.pesf) frame.setPruning({ ...policy.pesf, mode: policy.mode });
     let done = 0;
     for (const [layer, stages] of this.layers.entries()) {
       const spec = this.#architecture.layers[layer]!.feedForward;
-      if (spec.kind === 'moe' && (policy || onRoute)) {
+      const decide = policy && !alone && spec.kind === 'moe';
+      if (spec.kind === 'moe' && (decide || onRoute)) {
         await frame.run(done, stages.route.to, control);
         done = stages.route.to;
         onRoute?.(layer, stages, frame);
       }
-      if (policy && spec.kind === 'moe') {
-        const counts = frame.read(stages.registers.moe!.counts) as Int32Array;
-        const mask = expertMask(policy, layer, spec, batch.sequences, counts);
-        frame.setExpertMask(mask, policy.mode);
+      if (decide) {
+        const mask = expertMask(policy, layer, spec, batch.sequences, countsOf(frame, stages));
+        frame.setPruning(mask && { mask, mode: policy.mode });
       }
-      if (onLayer || (policy && spec.kind === 'moe')) {
+      if (onLayer || decide) {
         await frame.run(done, stages.feedForward.to, control);
         done = stages.feedForward.to;
-        if (policy) frame.setExpertMask(null, policy.mode);
+        if (decide) frame.setPruning(null);
         onLayer?.(layer, stages, frame);
       }
     }
     await frame.run(done, this.layers.at(-1)?.feedForward.to ?? this.#embedding, control);
+    if (!policy || !alone) return;
+    frame.setPruning(null);
+    for (const [layer, stages] of this.layers.entries()) {
+      const spec = this.#architecture.layers[layer]!.feedForward;
+      if (spec.kind === 'moe') expertMask(policy, layer, spec, batch.sequences, countsOf(frame, stages));
+    }
   }
+}
+
+/** How often each sequence chose each expert of a layer, [sequences, experts]. */
+function countsOf(frame: Frame, stages: LayerStages): Int32Array {
+  return frame.read(stages.registers.moe!.counts) as Int32Array;
 }
 
 /** out = lm_head(norm(x)) */

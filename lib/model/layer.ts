@@ -99,12 +99,13 @@ function routerSpec(w: WeightSource, spec: RouterOptions): RouterSpec {
   return router;
 }
 
-function moeRegisters(b: ProgramBuilder, moe: MoeSpec, rows: Rows): MoeRegisters {
+/** `layer`: layers share all registers but the counts, which are read after several. */
+function moeRegisters(b: ProgramBuilder, moe: MoeSpec, layer: number, rows: Rows): MoeRegisters {
   return {
     logits: b.register('router.logits', moe.router.out, 'f32', rows),
     weights: b.register('router.weights', moe.router.topK, 'f32', rows),
     indices: b.register('router.indices', moe.router.topK, 'i32', rows),
-    counts: b.register('router.counts', moe.router.out, 'i32', 'sequences'),
+    counts: b.register(`router.counts.${layer}`, moe.router.out, 'i32', 'sequences'),
   };
 }
 
@@ -115,9 +116,9 @@ function pushExperts(
   r: LayerRegisters & { moe: MoeRegisters },
   branch: Branch,
 ): void {
-  const { logits, weights, indices } = r.moe;
+  const { logits, weights, indices, counts } = r.moe;
   const { shared } = moe;
-  b.push({ op: 'reselect', logits, weights, indices, router: routerSpec(w, moe.router) });
+  b.push({ op: 'reselect', logits, weights, indices, counts, router: routerSpec(w, moe.router) });
   const biases = (key: 'gate' | 'up' | 'down') => moe.experts.map((e) => w.bias(e[key]));
   b.push({
     op: 'experts',
@@ -144,20 +145,20 @@ function pushExperts(
   });
 }
 
-function layerRegisters(b: ProgramBuilder, spec: LayerSpec, rows: Rows): LayerRegisters {
+function layerRegisters(b: ProgramBuilder, spec: LayerSpec, index: number, rows: Rows): LayerRegisters {
   const { attention: a, feedForward: f } = spec;
   const hidden = spec.attentionNorm.size;
   return {
     h: b.register('h', hidden, 'f32', rows),
     x: b.register('x', hidden, 'f32', rows),
     context: b.register('context', a.o.in, 'f32', rows),
-    ...(f.kind === 'moe' && { moe: moeRegisters(b, f, rows) }),
+    ...(f.kind === 'moe' && { moe: moeRegisters(b, f, index, rows) }),
   };
 }
 
 /** Records layer `index` (its place in the key-value cache) and returns its stages. */
 export function pushLayer(b: ProgramBuilder, w: WeightSource, spec: LayerSpec, index: number): LayerStages {
-  const registers = layerRegisters(b, spec, 'tokens');
+  const registers = layerRegisters(b, spec, index, 'tokens');
   const { h, x, context } = registers;
 
   const attentionNorm = b.stage(() => pushNorm(b, w, spec.attentionNorm, h, x));
@@ -172,9 +173,9 @@ export function pushLayer(b: ProgramBuilder, w: WeightSource, spec: LayerSpec, i
  * Records what follows the attention of the last layer once more, for the last token of each sequence only: prefill needs no other.
  * Returns the residual stream, [sequences, hidden].
  */
-export function pushLastTokens(b: ProgramBuilder, w: WeightSource, spec: LayerSpec): Register {
-  const all = layerRegisters(b, spec, 'tokens');
-  const last = layerRegisters(b, spec, 'sequences');
+export function pushLastTokens(b: ProgramBuilder, w: WeightSource, spec: LayerSpec, index: number): Register {
+  const all = layerRegisters(b, spec, index, 'tokens');
+  const last = layerRegisters(b, spec, index, 'sequences');
   b.push({ op: 'lastRows', x: all.h, out: last.h });
   b.push({ op: 'lastRows', x: all.context, out: last.context });
   pushOutput(b, w, spec, last, 'sequences');

@@ -1,5 +1,5 @@
 /** A Mixture-of-Experts language model: a checkpoint, its decoder, its tokenizer. */
-import type { Activations, Frame, KvCache, Sequence } from '../../types/native';
+import type { Activations, Device, Frame, KvCache, Sequence } from '../../types/native';
 import { describe, type Architecture } from '../architecture';
 import { checkTensors } from '../architecture/tensors';
 import { quantizationOf } from '../checkpoint/quantized';
@@ -15,8 +15,13 @@ import { Tokenizer, type ChatMessage } from './tokenizer';
 import { CheckpointWeights, layerMatrices } from './weights';
 
 export interface LoadOptions {
-  /** Where to compute. `auto` takes a GPU when there is one; this version computes on the CPU only. Default `auto`. */
+  /** Where to compute. `auto` (default) takes the GPU where the CUDA library (`npm run build:cuda`) opens and a device answers, else the CPU. */
   device?: 'auto' | 'cpu' | 'cuda';
+  /**
+   * Bytes of GPU memory that the weights may take; default: what is free. Experts beyond it stay in pinned host memory, and each layer's are
+   * copied while the layers before it compute. OUT_OF_MEMORY, with the size that is needed, where not even two layers fit.
+   */
+  gpuMemory?: number;
   /** Threads of the process-wide pool; default: all CPUs, or EAC_MOE_THREADS. */
   threads?: number;
   /**
@@ -108,8 +113,15 @@ export class MoeModel {
    * the hub also those of `downloadModel`
    */
   static async load(model: string, options: LoadOptions = {}): Promise<MoeModel> {
-    setDevice(options);
+    const device = setDevice(options);
     const activations = checkActivations(options.activations ?? 'int8');
+    const { gpuMemory } = options;
+    if (gpuMemory !== undefined && !(Number.isFinite(gpuMemory) && gpuMemory > 0)) {
+      throw new EacMoeError(
+        'INVALID_ARGUMENT',
+        `gpuMemory must be a positive number of bytes; found ${gpuMemory}`,
+      );
+    }
     const { headBits = 16 } = options;
     if (headBits !== 4 && headBits !== 16) {
       throw new EacMoeError('INVALID_ARGUMENT', `headBits must be 4 or 16; found ${String(headBits)}`);
@@ -122,7 +134,8 @@ export class MoeModel {
       const weights = new CheckpointWeights(checkpoint, quantizationOf(checkpoint.config));
       await weights.prepare(architecture.layers.flatMap(layerMatrices), options.signal);
       if (headBits === 4) await weights.round(architecture.head);
-      const decoder = new Decoder(architecture, weights);
+      const decoder = new Decoder(architecture, weights, device);
+      await withSignal(options.signal, (control) => decoder.prepare(control, options.gpuMemory));
       return new MoeModel(path, architecture, { checkpoint, weights, decoder, users: 0 }, activations);
     } catch (error) {
       checkpoint.dispose();
@@ -143,6 +156,11 @@ export class MoeModel {
   /** @internal */
   get decoder(): Decoder {
     return this.#live().decoder;
+  }
+
+  /** Where the model computes. */
+  get device(): Device {
+    return this.#live().decoder.device;
   }
 
   /** A key-value cache for one sequence: f32 keys and values of every layer, growing with the sequence. */
@@ -258,22 +276,22 @@ export function checkActivations(activations: Activations): Activations {
   );
 }
 
-/** Applies `device` and `threads`. */
-export function setDevice({ device = 'auto', threads }: LoadOptions): void {
+/** Applies `threads`; resolves `device`. */
+export function setDevice({ device = 'auto', threads }: LoadOptions): Device {
   if (!['auto', 'cpu', 'cuda'].includes(device)) {
     throw new EacMoeError('INVALID_ARGUMENT', `device must be 'auto', 'cpu' or 'cuda'; found '${device}'`);
   }
-  if (device === 'cuda') {
-    throw new EacMoeError(
-      'INVALID_ARGUMENT',
-      `device 'cuda': this version has no CUDA backend; use 'auto' or 'cpu'`,
-    );
+  if (threads !== undefined) {
+    if (!Number.isInteger(threads) || threads < 1) {
+      throw new EacMoeError('INVALID_ARGUMENT', `threads must be a positive integer; found ${threads}`);
+    }
+    native().setThreads(threads);
   }
-  if (threads === undefined) return;
-  if (!Number.isInteger(threads) || threads < 1) {
-    throw new EacMoeError('INVALID_ARGUMENT', `threads must be a positive integer; found ${threads}`);
-  }
-  native().setThreads(threads);
+  if (device === 'cpu') return device;
+  const cuda = native().cuda();
+  if (cuda.available) return 'cuda';
+  if (device === 'auto') return 'cpu';
+  throw new EacMoeError('INVALID_ARGUMENT', `device 'cuda': ${cuda.why}; use 'auto' or 'cpu'`);
 }
 
 function checkIds(ids: ArrayLike<number>, vocabSize: number): Int32Array {

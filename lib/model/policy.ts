@@ -19,6 +19,11 @@ export interface ExpertPolicy {
    * that all had, `reselect` lets the token choose again among the kept experts.
    */
   readonly mode: 'drop' | 'renormalize' | 'reselect';
+  /**
+   * Set where `select` is PESF's rule (EAC-MoE, Eq. 6) and nothing else: the layers then prune by themselves, in one run, and `select` is asked
+   * afterwards, with the same counts, for what it remembers.
+   */
+  readonly pesf?: { alpha: number; minTokens: number };
   /** Writes 1 (kept) or 0 (pruned) for every expert into `keep`; returns false when it prunes none. */
   select(selection: ExpertSelection, keep: Uint8Array): boolean;
 }

@@ -1,5 +1,5 @@
 /** Recording programs for the native runtime (types/native.d.ts, native/program). */
-import type { Op, Program, Register, RegisterSpec } from '../../types/native';
+import type { Device, Op, Program, Register, RegisterSpec } from '../../types/native';
 import { native } from '../native';
 
 /** Operations [from, to) of a program. */
@@ -45,7 +45,7 @@ export class ProgramBuilder {
     return { from, to: this.#ops.length };
   }
 
-  build(): Program {
-    return native().createProgram(this.#registers, this.#ops);
+  build(device: Device = 'cpu'): Program {
+    return native().createProgram(this.#registers, this.#ops, device);
   }
 }

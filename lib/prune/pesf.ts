@@ -78,6 +78,7 @@ export class PesfPolicy implements ExpertPolicy {
   readonly alpha: number;
   readonly mode: PruneMode;
   readonly minTokens: number;
+  readonly pesf: { alpha: number; minTokens: number };
   readonly #tallies = new Map<number, Tally>();
 
   /** @throws EacMoeError INVALID_ARGUMENT naming the option */
@@ -100,6 +101,7 @@ export class PesfPolicy implements ExpertPolicy {
     this.alpha = alpha;
     this.mode = mode;
     this.minTokens = minTokens;
+    this.pesf = { alpha, minTokens };
   }
 
   select({ layer, tokens, topK, experts, counts }: ExpertSelection, keep: Uint8Array): boolean {

@@ -1,6 +1,6 @@
 /** QESC: compresses a Mixture-of-Experts checkpoint layer by layer (EAC-MoE section 4). */
 import { basename, join, resolve } from 'node:path';
-import type { Control, Tensor } from '../../types/native';
+import type { Control, Device, Tensor } from '../../types/native';
 import { describe, type Architecture } from '../architecture';
 import { readStored, storageOf, storedNames } from '../architecture/storage';
 import { checkTensors, layerTensors, requiredTensors, type RequiredTensor } from '../architecture/tensors';
@@ -38,7 +38,7 @@ import { makeBatches } from './runner';
  * Memory is bounded by one layer (at 16 bit, where the source has fewer), its Hessians and the hidden states of the calibration tokens (4
  * f32 values a token and hidden channel), then by the compressed model. Calibration `self` runs the whole source model first, and so maps
  * all of it, or holds it decoded. The result
- * depends on the source, the options and the seed, not on threads; a killed run continues when it is called again.
+ * depends on the source, the options and the seed, not on threads (and within rounding on the device); a killed run continues when it is called again.
  *
  * @throws EacMoeError: INVALID_ARGUMENT for options out of range, FILE_NOT_FOUND, INVALID_CHECKPOINT, INVALID_TENSOR, NON_FINITE or
  * UNSUPPORTED_MODEL for the source (from the hub also those of `downloadModel`), CALIBRATION, TOKENIZER, OUTPUT for the directory or a full disk, ABORTED
@@ -48,13 +48,16 @@ export async function quantizeMoE(
   options: QuantizeOptions,
 ): Promise<{ model: MoeModel; report: QuantizeReport }> {
   const report = await quantizeCheckpoint(source, options);
-  return { model: await MoeModel.load(options.output, { signal: options.signal }), report };
+  return {
+    model: await MoeModel.load(options.output, { device: options.device, signal: options.signal }),
+    report,
+  };
 }
 
 /** `quantizeMoE` without loading the result: memory does not grow with the number of layers. */
 export async function quantizeCheckpoint(source: string, options: QuantizeOptions): Promise<QuantizeReport> {
   const begun = performance.now();
-  setDevice(options);
+  const device = setDevice(options);
   if (typeof options.output !== 'string' || options.output === '') {
     throw new EacMoeError('INVALID_ARGUMENT', 'output must be the directory to write');
   }
@@ -74,7 +77,7 @@ export async function quantizeCheckpoint(source: string, options: QuantizeOption
     const recipe = makeRecipe(architecture, options);
     const name = isHubReference(source) ? source : basename(resolve(source));
     report = await withSignal(options.signal, (control) =>
-      new Quantizer(name, checkpoint, architecture, recipe, options, control).run(),
+      new Quantizer(name, checkpoint, architecture, recipe, options, device, control).run(),
     );
   } finally {
     checkpoint.dispose();
@@ -96,6 +99,7 @@ class Quantizer {
     private readonly architecture: Architecture,
     private readonly recipe: Recipe,
     private readonly options: QuantizeOptions,
+    private readonly device: Device,
     private readonly control: Control,
   ) {
     this.#weights = new CheckpointWeights(checkpoint, null);
@@ -160,7 +164,10 @@ class Quantizer {
     if (given || !needsCalibration(this.recipe)) return given ?? [];
     const saved = output.savedCalibration();
     if (saved) return saved;
-    const model = await MoeModel.load(this.checkpoint.dir, { signal: this.options.signal });
+    const model = await MoeModel.load(this.checkpoint.dir, {
+      device: this.device,
+      signal: this.options.signal,
+    });
     try {
       const sampled = await calibrationSequences(model, { ...this.#request(), source: 'self' });
       await output.saveCalibration(sampled);
@@ -228,13 +235,13 @@ class Quantizer {
     const { hiddenSize, embedding, vocabSize } = this.architecture;
     const batches = makeBatches(sequences.map((s) => s.length));
     const tokens = batches.at(-1)!.end;
-    const zeros = () => native().zeros('f32', [tokens, hiddenSize]);
+    const zeros = () => native().zeros('f32', [tokens, hiddenSize], this.device);
     const streams: Streams = { full: zeros(), quantized: zeros(), xFull: zeros(), x: zeros(), batches };
     const b = new ProgramBuilder();
     const h = b.register('h', hiddenSize);
     const table = this.#weights.tensor(embedding.weight, [vocabSize, hiddenSize]);
     b.push({ op: 'embed', out: h, table, scale: embedding.scale });
-    const program = b.build();
+    const program = b.build(this.device);
     const frame = native().createFrame(program);
     for (const stream of [streams.full, streams.quantized]) {
       let row = 0;

@@ -4,7 +4,7 @@
  *
  * Two streams of hidden states pass through: one through the full-precision layer, one through the layer as quantized so far.
  */
-import type { Control, Matrix, Tensor } from '../../types/native';
+import type { Control, Device, Matrix, Tensor } from '../../types/native';
 import type { DenseSpec, GluSpec, LayerSpec, LinearSpec, MoeSpec } from '../architecture/types';
 import { native } from '../native';
 import type { AttentionInput } from '../model/attention';
@@ -56,7 +56,7 @@ export async function advanceLayer(job: LayerJob, streams: Streams, quantized: W
     [job.source, streams.full],
     [quantized, streams.quantized],
   ] as const) {
-    const runner = new LayerRunner(job.spec, weights);
+    const runner = new LayerRunner(job.spec, weights, h.device);
     const { stages } = runner;
     for (const batch of streams.batches) {
       await runner.run(
@@ -96,7 +96,7 @@ class LayerQuantizer {
     this.#job = job;
     this.#streams = streams;
     this.#weights = new Overlay(job.source);
-    this.#full = new LayerRunner(job.spec, job.source);
+    this.#full = new LayerRunner(job.spec, job.source, streams.x.device);
   }
 
   async run(): Promise<LayerResult> {
@@ -217,7 +217,7 @@ class LayerQuantizer {
       runner: (weight) => {
         const overlay = new Overlay(this.#weights);
         overlay.matrices.set(moe.router.weight, weight);
-        return new LayerRunner(this.#job.spec, overlay);
+        return new LayerRunner(this.#job.spec, overlay, this.#device);
       },
     });
     if (outcome.weight) this.#weights.matrices.set(moe.router.weight, outcome.weight);
@@ -285,8 +285,10 @@ class LayerQuantizer {
 
     statistics = this.#statistics([spec.down]);
     if (statistics) {
-      const quantized = new GluHidden(spec, activation, this.#weights);
-      const full = this.#job.recipe.twoStreamTargets ? new GluHidden(spec, activation, source) : undefined;
+      const quantized = new GluHidden(spec, activation, this.#weights, this.#device);
+      const full = this.#job.recipe.twoStreamTargets
+        ? new GluHidden(spec, activation, source, this.#device)
+        : undefined;
       await this.#eachInput(selection, async (x, xFull, w) =>
         statistics!.add(await quantized.run(x, control), xFull && (await full?.run(xFull, control)), w),
       );
@@ -361,7 +363,7 @@ class LayerQuantizer {
     const { rows, weights } = selection;
     const width = this.#job.spec.attentionNorm.size;
     const size = Math.min(GATHER_ROWS, rows.length);
-    const buffers = inputs.map((from) => ({ from, to: native().zeros('f32', [size, width]) }));
+    const buffers = inputs.map((from) => ({ from, to: native().zeros('f32', [size, width], from.device) }));
     for (let begin = 0; begin < rows.length; begin += size) {
       const part = rows.subarray(begin, begin + size);
       const gathered = buffers.map(({ from, to }) => ({ from, to: to.rows(0, part.length) }));
@@ -375,11 +377,16 @@ class LayerQuantizer {
   #statistics(linears: LinearSpec[]): InputStatistics | undefined {
     const { method, twoStreamTargets, plan } = this.#job.recipe;
     const needed = method === 'gptq' && linears.some((spec) => plan.get(spec.weight));
-    return needed ? new InputStatistics(linears[0]!.in, twoStreamTargets) : undefined;
+    return needed ? new InputStatistics(linears[0]!.in, twoStreamTargets, this.#device) : undefined;
+  }
+
+  /** Where the streams lie: all work on them is done there. */
+  get #device(): Device {
+    return this.#streams.x.device;
   }
 
   #runner(): LayerRunner {
-    return new LayerRunner(this.#job.spec, this.#weights);
+    return new LayerRunner(this.#job.spec, this.#weights, this.#device);
   }
 
   /** A runner's residual stream, and with `keepInput` the place where the feed-forward's input is stored. */

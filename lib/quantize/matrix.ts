@@ -4,7 +4,7 @@
  * H = sum w x̂ x̂ᵀ over the quantized stream's inputs x̂ (GPTQ; the factor 2 changes nothing), and for two-stream targets
  * D = sum w (x - x̂) x̂ᵀ with the full-precision stream's inputs x of the same tokens.
  */
-import type { Control, HessianFactor, Matrix, QuantMatrix, Tensor } from '../../types/native';
+import type { Control, Device, HessianFactor, Matrix, QuantMatrix, Tensor } from '../../types/native';
 import type { LinearSpec } from '../architecture/types';
 import type { ModuleQuantization } from '../checkpoint/quantized';
 import { EacMoeError } from '../errors';
@@ -18,9 +18,10 @@ export class InputStatistics {
   readonly #d: Tensor | undefined;
   #weight = 0;
 
-  constructor(width: number, twoStream: boolean) {
-    this.#h = native().zeros('f32', [width, width]);
-    this.#d = twoStream ? native().zeros('f32', [width, width]) : undefined;
+  /** `device`: where the inputs lie. */
+  constructor(width: number, twoStream: boolean, device: Device) {
+    this.#h = native().zeros('f32', [width, width], device);
+    this.#d = twoStream ? native().zeros('f32', [width, width], device) : undefined;
   }
 
   /** x, xFull: f32 [n, width] of the same tokens; weights: one a token. Disposes x and xFull: views keep what they look at in memory. */

@@ -1,6 +1,6 @@
 /** Routers: what they say about all calibration tokens, and calibrating them against expert shift (EAC-MoE section 4, Eq. 5). */
 import { setImmediate as nextTurn } from 'node:timers/promises';
-import type { Control, HessianFactor, Tensor } from '../../types/native';
+import type { Control, Device, HessianFactor, Tensor } from '../../types/native';
 import type { MoeSpec } from '../architecture/types';
 import type { MoeRegisters } from '../model/layer';
 import { countShift, ShiftMeter, type ShiftRates } from '../evaluate/shift';
@@ -23,12 +23,12 @@ export class Routing {
   readonly #topK: number;
   readonly #experts: number;
 
-  constructor(tokens: number, moe: MoeSpec) {
+  constructor(tokens: number, moe: MoeSpec, device: Device) {
     this.#topK = moe.router.topK;
     this.#experts = moe.experts.length;
-    this.logits = native().zeros('f32', [tokens, this.#experts]);
-    this.weights = native().zeros('f32', [tokens, this.#topK]);
-    this.indices = native().zeros('i32', [tokens, this.#topK]);
+    this.logits = native().zeros('f32', [tokens, this.#experts], device);
+    this.weights = native().zeros('f32', [tokens, this.#topK], device);
+    this.indices = native().zeros('i32', [tokens, this.#topK], device);
   }
 
   bindings(registers: MoeRegisters): Bindings {
@@ -110,7 +110,7 @@ export async function routingOf(
   batches: Batch[],
   control: Control,
 ): Promise<Routing> {
-  const routing = new Routing(batches.at(-1)!.end, moe);
+  const routing = new Routing(batches.at(-1)!.end, moe, x.device);
   const { registers, route } = runner.stages;
   const bindings: Bindings = [[registers.x, x], ...routing.bindings(registers.moe!)];
   for (const batch of batches) await runner.run(batch, bindings, route, route, control);
@@ -168,7 +168,7 @@ export async function calibrateRouter(job: RouterJob): Promise<RouterOutcome> {
 /** The factor of the Hessian of the router's inputs. */
 async function inputFactor({ x, batches, recipe, control }: RouterJob): Promise<HessianFactor> {
   const width = x.shape[1]!;
-  const h = native().zeros('f32', [width, width]);
+  const h = native().zeros('f32', [width, width], x.device);
   for (const { begin, end } of batches) await native().accumulateHessian(h, x.rows(begin, end));
   const factor = await native().factorHessian(h, recipe.damping, true, control);
   h.dispose();

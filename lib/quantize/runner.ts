@@ -1,5 +1,5 @@
 /** Runs the stages of one decoder layer over stored hidden states. */
-import type { Control, Frame, Matrix, Program, Register, Tensor } from '../../types/native';
+import type { Control, Device, Frame, Matrix, Program, Register, Tensor } from '../../types/native';
 import type { GluSpec, LayerSpec, LinearSpec, MoeSpec } from '../architecture/types';
 import { pushLayer, type LayerStages } from '../model/layer';
 import { pushLinear, type WeightSource } from '../model/linear';
@@ -31,16 +31,16 @@ export class Overlay implements WeightSource {
 /** Registers of a layer that live in stored tensors: rows of the batch are rows of the tensor. */
 export type Bindings = [Register, Tensor][];
 
-/** A layer under given weights. Rebuilt (cheaply) whenever weights change. */
+/** A layer under given weights, on the device where the hidden states lie. Rebuilt (cheaply) whenever weights change. */
 export class LayerRunner {
   readonly stages: LayerStages;
   readonly #program: Program;
   #frame: Frame;
 
-  constructor(spec: LayerSpec, weights: WeightSource) {
+  constructor(spec: LayerSpec, weights: WeightSource, device: Device) {
     const b = new ProgramBuilder();
     this.stages = pushLayer(b, weights, spec, 0);
-    this.#program = b.build();
+    this.#program = b.build(device);
     this.#frame = native().createFrame(this.#program);
   }
 
@@ -106,7 +106,7 @@ export class GluHidden {
   readonly #x: Register;
   readonly #gate: Register;
 
-  constructor(spec: GluSpec, activation: MoeSpec['activation'], weights: WeightSource) {
+  constructor(spec: GluSpec, activation: MoeSpec['activation'], weights: WeightSource, device: Device) {
     const b = new ProgramBuilder();
     this.#x = b.register('x', spec.gate.in);
     this.#gate = b.register('gate', spec.gate.out);
@@ -114,7 +114,7 @@ export class GluHidden {
     pushLinear(b, weights, spec.gate, this.#x, this.#gate);
     pushLinear(b, weights, spec.up, this.#x, up);
     b.push({ op: 'glu', gate: this.#gate, up, activation });
-    this.#program = b.build();
+    this.#program = b.build(device);
     this.#frame = native().createFrame(this.#program);
   }
 

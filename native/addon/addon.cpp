@@ -1,6 +1,8 @@
 // The Node-API module: per-environment state, the handle classes, and the functions of types/native.d.ts.
 #include "addon/handles.h"
 #include "kernels/cpu/isa.h"
+#include "program/cuda/device.h"
+#include "program/cuda/backend.h"
 
 #ifndef EAC_MOE_VERSION
 #define EAC_MOE_VERSION "0.0.0"
@@ -20,6 +22,23 @@ Napi::Value info_object(Info info) {
   o["isas"] = names;
   return o;
 }
+// The GPU, or why there is none. Opens the library on the first call.
+Napi::Value cuda_object(Info info) {
+  Napi::Object o = Napi::Object::New(info.Env());
+  std::string why;
+  cuda::Gpu* gpu = cuda::gpu(&why);
+  o["available"] = gpu != nullptr;
+  if (!gpu) {
+    o["why"] = why;
+    return o;
+  }
+  const cuda::DeviceInfo device = gpu->info();
+  o["name"] = std::string(device.name);
+  o["computeCapability"] = std::to_string(device.major) + "." + std::to_string(device.minor);
+  o["totalMemory"] = double(device.total_memory);
+  o["freeMemory"] = double(device.free_memory);
+  return o;
+}
 Napi::Value set_isa(Info info) {
   const std::string name = info[0].ToString();
   if (!eac::set_isa(name.c_str())) throw_invalid("this machine has no instruction set level " + name);
@@ -33,7 +52,9 @@ Napi::Value set_threads(Info info) {
   return info.Env().Undefined();
 }
 
-Napi::Value zeros(Info info) { return wrap_tensor(info.Env(), Tensor::zeros(dtype_from(info[0]), shape_from(info[1]))); }
+Napi::Value zeros(Info info) {
+  return wrap_tensor(info.Env(), Tensor::zeros(dtype_from(info[0]), shape_from(info[1]), backend_from(info[2]).memory()));
+}
 Napi::Value from_array(Info info) {
   const Napi::Value tensor = wrap_tensor(info.Env(), Tensor::zeros(dtype_from(info[1]), shape_from(info[2])));
   const Napi::Object o = tensor.As<Napi::Object>();
@@ -50,7 +71,9 @@ Napi::Value from_bytes(Info info) {
   return wrap_tensor(info.Env(), std::move(t));
 }
 Napi::Value map_file(Info info) { return MappedFileHandle::wrap(info.Env(), MappedFile::open(info[0].ToString())); }
-Napi::Value create_program(Info info) { return ProgramHandle::wrap(info.Env(), program_from(info[0], info[1])); }
+Napi::Value create_program(Info info) {
+  return ProgramHandle::wrap(info.Env(), program_from(info[0], info[1], backend_from(info[2])));
+}
 Napi::Value create_frame(Info info) {
   return FrameHandle::wrap(info.Env(), std::make_shared<Frame>(ProgramHandle::from(info[0], "program")));
 }
@@ -62,8 +85,23 @@ Napi::Value create_kv_cache(Info info) {
     const Napi::Object o = layers.Get(i).As<Napi::Object>();
     widths.push_back({int64_t(number_from(o, "keyWidth")), int64_t(number_from(o, "valueWidth"))});
   }
-  return KvCacheHandle::wrap(info.Env(), std::make_shared<KvCache>(std::move(widths)));
+  return KvCacheHandle::wrap(info.Env(), std::make_shared<KvCache>(std::move(widths), backend_from(info[1]).memory()));
 }
+
+}  // namespace
+
+Backend& backend_from(const Napi::Value& v) {
+  const std::string name = v.IsUndefined() || v.IsNull() ? "cpu" : v.ToString().Utf8Value();
+  if (name == "cpu") return cpu_backend();
+  if (name != "cuda") throw_invalid("device must be 'cpu' or 'cuda', found '" + name + "'");
+  std::string why;
+  Backend* backend = cuda::backend(&why);
+  if (!backend) throw_invalid("device 'cuda' cannot be used: " + why);
+  return *backend;
+}
+Backend& backend_at(Device* device) { return device ? *cuda::backend() : cpu_backend(); }
+
+namespace {
 
 // When an environment ends, its jobs stop at their next poll instead of being waited for.
 void cancel_running(Environment* e) {
@@ -82,10 +120,12 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   ProgramHandle::define(env, exports);
   FrameHandle::define(env, exports);
   define_kernels(env, exports);
+  define_calibration(env, exports);
   define_convert(env, exports);
   define_bench(env, exports);
   const auto add = [&](const char* name, Napi::Value (*f)(Info)) { exports[name] = Napi::Function::New(env, f, name); };
   add("info", exported<info_object>);
+  add("cuda", exported<cuda_object>);
   add("setIsa", exported<set_isa>);
   add("threads", exported<threads>);
   add("setThreads", exported<set_threads>);

@@ -16,7 +16,7 @@ Napi::Value js_limit_buffer(Info info) {
 }
 
 Napi::Value js_limit_pass(Info info) {
-  const auto buffer = TensorHandle::from(info[0], "buffer");
+  const auto buffer = host_tensor_from(info[0], "buffer");
   const double pass = info[1].ToNumber();
   if (!(pass >= 0 && pass <= 0x1p32)) throw_invalid("expected a whole number for the pass");
   return Job<MachineRates>::start(

@@ -22,7 +22,7 @@ RowRange range_from(const Napi::Value& v, int64_t available) {
   return r;
 }
 std::shared_ptr<Tensor> bytes_from(const Napi::Value& v, const char* what) {
-  auto t = TensorHandle::from(v, what);
+  auto t = host_tensor_from(v, what);
   if (t->dtype != DType::u8) throw_invalid(std::string(what) + " has dtype " + dtype_name(t->dtype) + "; expected u8");
   return t;
 }
@@ -37,7 +37,7 @@ Napi::Value start(Info info, int control, std::function<Tensor()> compute) {
 }
 
 Napi::Value js_copy_part(Info info) {
-  const auto m = TensorHandle::from(info[0], "m");
+  const auto m = host_tensor_from(info[0], "m");
   const bool transposed = bool_from(info[1].As<Napi::Object>(), "transposed");
   const RowRange part = range_from(info[1], transposed ? m->cols() : m->rows());
   return start(info, 2, [m, part, transposed] { return copy_part(*m, part, transposed); });

@@ -62,7 +62,16 @@ Activations activations_from(const Napi::Value& v) {
   if (name != "float32") throw_invalid("activations must be 'int8' or 'float32', found '" + name + "'");
   return Activations::f32;
 }
+std::shared_ptr<Tensor> host_tensor_from(const Napi::Value& v, const char* what) {
+  auto t = TensorHandle::from(v, what);
+  if (t->device) throw_invalid(std::string(what) + " lies on " + t->device->name() + "; expected a tensor in the host's memory");
+  return t;
+}
 std::shared_ptr<Tensor> float_matrix_from(const Napi::Value& v, const char* what, std::optional<DType> dtype) {
+  host_tensor_from(v, what);
+  return matrix_anywhere(v, what, dtype);
+}
+std::shared_ptr<Tensor> matrix_anywhere(const Napi::Value& v, const char* what, std::optional<DType> dtype) {
   auto t = TensorHandle::from(v, what);
   const bool ok = dtype ? t->dtype == *dtype : (t->dtype == DType::f32 || t->dtype == DType::f16 || t->dtype == DType::bf16);
   if (!ok)
@@ -76,7 +85,8 @@ std::vector<int32_t> i32_from(const Napi::Value& v, const char* what) {
   auto a = v.As<Napi::Int32Array>();
   return {a.Data(), a.Data() + a.ElementLength()};
 }
-Napi::Value to_js_array(Napi::Env env, const Tensor& t) {
+Napi::Value to_js_array(Napi::Env env, const Tensor& any) {
+  const Tensor t = any.on_host();
   if (t.dtype == DType::i32) return typed_copy<int32_t>(env, t.data, t.size());
   if (t.dtype == DType::u8) return typed_copy<uint8_t>(env, t.data, t.size());
   if (t.dtype == DType::f32) return typed_copy<float>(env, t.data, t.size());
@@ -89,10 +99,10 @@ void TensorHandle::define(Napi::Env env, Napi::Object exports) {
   Napi::Function f =
       DefineClass(env, class_name,
                   {InstanceAccessor<&TensorHandle::dtype>("dtype"), InstanceAccessor<&TensorHandle::shape>("shape"),
-                   InstanceAccessor<&TensorHandle::byte_length>("byteLength"), InstanceMethod<&TensorHandle::rows>("rows"),
-                   InstanceMethod<&TensorHandle::reshape>("reshape"), InstanceMethod<&TensorHandle::to_array>("toArray"),
-                   InstanceMethod<&TensorHandle::to_bytes>("toBytes"), InstanceMethod<&TensorHandle::write>("write"),
-                   InstanceMethod("dispose", &TensorHandle::dispose)});
+                   InstanceAccessor<&TensorHandle::device>("device"), InstanceAccessor<&TensorHandle::byte_length>("byteLength"),
+                   InstanceMethod<&TensorHandle::rows>("rows"), InstanceMethod<&TensorHandle::reshape>("reshape"),
+                   InstanceMethod<&TensorHandle::to_array>("toArray"), InstanceMethod<&TensorHandle::to_bytes>("toBytes"),
+                   InstanceMethod<&TensorHandle::write>("write"), InstanceMethod("dispose", &TensorHandle::dispose)});
   constructor(env) = Napi::Persistent(f);
   exports[class_name] = f;
 }
@@ -106,6 +116,9 @@ Napi::Value TensorHandle::shape(const Napi::CallbackInfo& info) {
     for (size_t i = 0; i < t->shape.size(); i++) a.Set(uint32_t(i), double(t->shape[i]));
     return a;
   });
+}
+Napi::Value TensorHandle::device(const Napi::CallbackInfo& info) {
+  GUARDED(const auto t = get(); return Napi::String::New(info.Env(), t->device ? t->device->name() : "cpu"));
 }
 Napi::Value TensorHandle::byte_length(const Napi::CallbackInfo& info) {
   GUARDED(return Napi::Number::New(info.Env(), double(get()->bytes())));
@@ -131,7 +144,7 @@ Napi::Value TensorHandle::reshape(const Napi::CallbackInfo& info) {
 }
 Napi::Value TensorHandle::to_array(const Napi::CallbackInfo& info) { GUARDED(return to_js_array(info.Env(), *get())); }
 Napi::Value TensorHandle::to_bytes(const Napi::CallbackInfo& info) {
-  GUARDED(return typed_copy<uint8_t>(info.Env(), get()->data, int64_t(get()->bytes())));
+  GUARDED(return typed_copy<uint8_t>(info.Env(), get()->on_host().data, int64_t(get()->bytes())));
 }
 
 namespace {
@@ -163,7 +176,10 @@ void write_array(const Napi::Value& v, Tensor& t) {
 
 Napi::Value TensorHandle::write(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
-    write_array(info[0], *get());
+    const auto t = get();
+    Tensor host = t->device ? Tensor::zeros(t->dtype, t->shape) : *t;
+    write_array(info[0], host);
+    if (t->device) t->device->from_host(t->data, host.data, host.bytes());
     return info.Env().Undefined();
   });
 }

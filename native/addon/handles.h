@@ -58,6 +58,7 @@ struct TensorHandle : Handle<TensorHandle, Tensor> {
  private:
   friend struct Handle<TensorHandle, Tensor>;
   Napi::Value dtype(const Napi::CallbackInfo&);
+  Napi::Value device(const Napi::CallbackInfo&);
   Napi::Value shape(const Napi::CallbackInfo&);
   Napi::Value byte_length(const Napi::CallbackInfo&);
   Napi::Value rows(const Napi::CallbackInfo&);
@@ -132,6 +133,7 @@ struct ProgramHandle : Handle<ProgramHandle, Program> {
 
  private:
   Napi::Value length(const Napi::CallbackInfo&);
+  Napi::Value prepare(const Napi::CallbackInfo&);
 };
 
 struct FrameHandle : Handle<FrameHandle, Frame> {
@@ -146,7 +148,7 @@ struct FrameHandle : Handle<FrameHandle, Frame> {
   Napi::Value begin(const Napi::CallbackInfo&);
   Napi::Value bind(const Napi::CallbackInfo&);
   Napi::Value set_activations(const Napi::CallbackInfo&);
-  Napi::Value set_expert_mask(const Napi::CallbackInfo&);
+  Napi::Value set_pruning(const Napi::CallbackInfo&);
   Napi::Value set_sampling(const Napi::CallbackInfo&);
   Napi::Value run(const Napi::CallbackInfo&);
   Napi::Value commit(const Napi::CallbackInfo&);
@@ -160,7 +162,11 @@ const char* dtype_name(DType t);
 std::vector<int64_t> shape_from(const Napi::Value& v);
 Matrix matrix_from(const Napi::Value& v, const char* what);
 Activations activations_from(const Napi::Value& v);
+// Any tensor in the host's memory.
+std::shared_ptr<Tensor> host_tensor_from(const Napi::Value& v, const char* what);
 std::shared_ptr<Tensor> float_matrix_from(const Napi::Value& v, const char* what, std::optional<DType> dtype = std::nullopt);
+// The same, on any device.
+std::shared_ptr<Tensor> matrix_anywhere(const Napi::Value& v, const char* what, std::optional<DType> dtype = std::nullopt);
 std::vector<int32_t> i32_from(const Napi::Value& v, const char* what);
 Napi::Value to_js_array(Napi::Env env, const Tensor& t);
 inline Napi::Value wrap_tensor(Napi::Env env, Tensor t) {
@@ -180,8 +186,13 @@ template <Napi::Value (*f)(Info)> Napi::Value exported(Info info) {
 }
 
 void define_kernels(Napi::Env env, Napi::Object exports);
+void define_calibration(Napi::Env env, Napi::Object exports);
 void define_convert(Napi::Env env, Napi::Object exports);
 void define_bench(Napi::Env env, Napi::Object exports);
-std::shared_ptr<Program> program_from(const Napi::Value& registers, const Napi::Value& ops);
+std::shared_ptr<Program> program_from(const Napi::Value& registers, const Napi::Value& ops, Backend& backend);
+// 'cpu' (or nothing) or 'cuda'; throws Error("INVALID_ARGUMENT") where there is no such device.
+Backend& backend_from(const Napi::Value& v);
+// Whose memory this is; null: the host's.
+Backend& backend_at(Device* device);
 
 }  // namespace eac::addon

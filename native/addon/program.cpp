@@ -122,7 +122,8 @@ op::Op op_from(const Napi::Object& object, const std::vector<RegisterSpec>& regi
   }
   if (name == "route")
     return op::Route{r.reg("logits"), r.reg("weights"), r.reg("indices"), r.reg("counts"), r.router(experts())};
-  if (name == "reselect") return op::Reselect{r.reg("logits"), r.reg("weights"), r.reg("indices"), r.router(experts())};
+  if (name == "reselect")
+    return op::Reselect{r.reg("logits"), r.reg("weights"), r.reg("indices"), r.reg("counts"), r.router(experts())};
   if (name == "experts") {
     std::optional<SharedExpert> shared;
     if (r.has("shared")) shared = shared_expert_from(object.Get("shared").As<Napi::Object>());
@@ -167,7 +168,7 @@ std::vector<Sequence> sequences_from(const Napi::Value& v) {
 
 }  // namespace
 
-std::shared_ptr<Program> program_from(const Napi::Value& registers, const Napi::Value& ops) {
+std::shared_ptr<Program> program_from(const Napi::Value& registers, const Napi::Value& ops, Backend& backend) {
   if (!registers.IsArray() || !ops.IsArray()) throw_invalid("expected arrays of registers and operations");
   auto program = std::make_shared<Program>();
   Napi::Array rs = registers.As<Napi::Array>();
@@ -181,13 +182,16 @@ std::shared_ptr<Program> program_from(const Napi::Value& registers, const Napi::
     Napi::HandleScope scope(registers.Env());
     program->ops.push_back(op_from(os.Get(i).As<Napi::Object>(), program->registers));
   }
+  program->backend = &backend;
   program->check();
   return program;
 }
 
 void ProgramHandle::define(Napi::Env env, Napi::Object exports) {
-  Napi::Function f = DefineClass(
-      env, class_name, {InstanceAccessor<&ProgramHandle::length>("length"), InstanceMethod("dispose", &ProgramHandle::dispose)});
+  Napi::Function f =
+      DefineClass(env, class_name,
+                  {InstanceAccessor<&ProgramHandle::length>("length"), InstanceMethod<&ProgramHandle::prepare>("prepare"),
+                   InstanceMethod("dispose", &ProgramHandle::dispose)});
   constructor(env) = Napi::Persistent(f);
   exports[class_name] = f;
 }
@@ -195,15 +199,28 @@ Napi::Value ProgramHandle::length(const Napi::CallbackInfo& info) {
   GUARDED(return Napi::Number::New(info.Env(), double(get()->ops.size())));
 }
 
+Napi::Value ProgramHandle::prepare(const Napi::CallbackInfo& info) {
+  return guarded(info.Env(), [&]() -> Napi::Value {
+    const auto program = get();
+    const double memory = info[1].IsNumber() ? info[1].As<Napi::Number>().DoubleValue() : 0;
+    return Job<bool>::start(
+        info.Env(), info[0],
+        [program, memory] {
+          program->backend->prepare(*program, size_t(memory));
+          return true;
+        },
+        [](Napi::Env env, bool&) { return env.Undefined(); });
+  });
+}
+
 void FrameHandle::define(Napi::Env env, Napi::Object exports) {
-  Napi::Function f =
-      DefineClass(env, class_name,
-                  {InstanceMethod<&FrameHandle::begin>("begin"), InstanceMethod<&FrameHandle::bind>("bind"),
-                   InstanceMethod<&FrameHandle::set_expert_mask>("setExpertMask"),
-                   InstanceMethod<&FrameHandle::set_activations>("setActivations"),
-                   InstanceMethod<&FrameHandle::set_sampling>("setSampling"), InstanceMethod<&FrameHandle::run>("run"),
-                   InstanceMethod<&FrameHandle::commit>("commit"), InstanceMethod<&FrameHandle::read>("read"),
-                   InstanceMethod<&FrameHandle::tensor>("tensor"), InstanceMethod("dispose", &FrameHandle::dispose)});
+  Napi::Function f = DefineClass(
+      env, class_name,
+      {InstanceMethod<&FrameHandle::begin>("begin"), InstanceMethod<&FrameHandle::bind>("bind"),
+       InstanceMethod<&FrameHandle::set_pruning>("setPruning"), InstanceMethod<&FrameHandle::set_activations>("setActivations"),
+       InstanceMethod<&FrameHandle::set_sampling>("setSampling"), InstanceMethod<&FrameHandle::run>("run"),
+       InstanceMethod<&FrameHandle::commit>("commit"), InstanceMethod<&FrameHandle::read>("read"),
+       InstanceMethod<&FrameHandle::tensor>("tensor"), InstanceMethod("dispose", &FrameHandle::dispose)});
   constructor(env) = Napi::Persistent(f);
   exports[class_name] = f;
 }
@@ -237,23 +254,34 @@ Napi::Value FrameHandle::set_activations(const Napi::CallbackInfo& info) {
     return info.Env().Undefined();
   });
 }
-Napi::Value FrameHandle::set_expert_mask(const Napi::CallbackInfo& info) {
+namespace {
+PruneMode prune_mode_from(const Napi::Value& v) {
+  const std::string mode = v.ToString();
+  if (mode == "drop") return PruneMode::drop;
+  if (mode == "renormalize") return PruneMode::renormalize;
+  if (mode == "reselect") return PruneMode::reselect;
+  throw_invalid("unknown pruning mode " + mode);
+}
+}  // namespace
+
+Napi::Value FrameHandle::set_pruning(const Napi::CallbackInfo& info) {
   return guarded(info.Env(), [&]() -> Napi::Value {
-    ExpertMask mask;
+    Pruning pruning;
     if (!info[0].IsNull() && !info[0].IsUndefined()) {
-      if (!info[0].IsTypedArray() || info[0].As<Napi::TypedArray>().TypedArrayType() != napi_uint8_array)
-        throw_invalid("expected a Uint8Array for mask");
-      const auto a = info[0].As<Napi::Uint8Array>();
-      mask.keep.assign(a.Data(), a.Data() + a.ElementLength());
-      const std::string mode = info[1].ToString();
-      if (mode == "renormalize")
-        mask.mode = PruneMode::renormalize;
-      else if (mode == "reselect")
-        mask.mode = PruneMode::reselect;
-      else if (mode != "drop")
-        throw_invalid("unknown pruning mode " + mode);
+      const Napi::Object o = info[0].As<Napi::Object>();
+      pruning.mode = prune_mode_from(o.Get("mode"));
+      if (Reader{o}.has("alpha")) {
+        pruning.alpha = number_from(o, "alpha");
+        pruning.min_tokens = int64_t(number_from(o, "minTokens"));
+      } else {
+        const Napi::Value mask = o.Get("mask");
+        if (!mask.IsTypedArray() || mask.As<Napi::TypedArray>().TypedArrayType() != napi_uint8_array)
+          throw_invalid("expected a Uint8Array for mask");
+        const auto a = mask.As<Napi::Uint8Array>();
+        pruning.keep.assign(a.Data(), a.Data() + a.ElementLength());
+      }
     }
-    idle()->mask = std::move(mask);
+    idle()->pruning = std::move(pruning);
     return info.Env().Undefined();
   });
 }

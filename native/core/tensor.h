@@ -9,6 +9,7 @@
 #include <new>
 #include <vector>
 
+#include "core/device.h"
 #include "core/dtype.h"
 #include "core/error.h"
 
@@ -34,11 +35,19 @@ struct Tensor {
   std::vector<int64_t> shape;
   void* data = nullptr;
   std::shared_ptr<void> owner;
+  Device* device = nullptr;  // null: the host
 
-  static Tensor zeros(DType dtype, std::vector<int64_t> shape) {
-    Tensor t{dtype, std::move(shape), nullptr, nullptr};
-    t.owner = allocate_bytes(t.bytes());
+  static Tensor zeros(DType dtype, std::vector<int64_t> shape, Device* device = nullptr) {
+    Tensor t{dtype, std::move(shape), nullptr, nullptr, device};
+    t.owner = device ? device->allocate(t.bytes()) : allocate_bytes(t.bytes());
     t.data = t.owner.get();
+    return t;
+  }
+  // The same values in the host's memory: this tensor, or a copy.
+  Tensor on_host() const {
+    if (!device) return *this;
+    Tensor t = zeros(dtype, shape);
+    device->to_host(t.data, data, bytes());
     return t;
   }
 
@@ -58,7 +67,7 @@ struct Tensor {
 
   // Rows [begin, end) of the matrix view, sharing the data.
   Tensor row_range(int64_t begin, int64_t end) const {
-    return {dtype, {end - begin, cols()}, as<char>() + size_t(begin * cols()) * dtype_size(dtype), owner};
+    return {dtype, {end - begin, cols()}, as<char>() + size_t(begin * cols()) * dtype_size(dtype), owner, device};
   }
 };
 

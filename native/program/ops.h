@@ -50,7 +50,7 @@ struct Route {
   RouterSpec router;
 };
 struct Reselect {
-  Register logits, weights, indices;
+  Register logits, weights, indices, counts;
   RouterSpec router;
 };
 struct Experts {

@@ -139,7 +139,7 @@ async function program() {
     { op: 'rmsNorm', x: 0, out: 1, weight: norm, eps: 1e-6 },
     { op: 'linear', x: 1, out: 6, weight: random(experts, width) },
     { op: 'route', logits: 6, weights: 7, indices: 8, counts: 9, router },
-    { op: 'reselect', logits: 6, weights: 7, indices: 8, router },
+    { op: 'reselect', logits: 6, weights: 7, indices: 8, counts: 9, router },
     ...[{ gate: many(32, width), up: many(32, width), down: many(width, 32) }].map((w) => ({
       ...{ op: 'experts', x: 1, weights: 7, indices: 8, out: 0, activation: 'silu', add: true, ...w },
     })),
@@ -159,8 +159,10 @@ async function program() {
     frame.begin(new Int32Array(lengths[0] + lengths[1]).fill(7), batch);
     frame.setSampling({ temperature: 0.5, topK: 5, topP: 0.9, uniform: Float64Array.of(0.2, 0.9) });
     for (const mode of ['drop', 'renormalize', 'reselect']) {
-      frame.setExpertMask(Uint8Array.of(1, 1, 0, 1, 1, 1, 1, 1), mode);
-      await frame.run(0, ops.length);
+      for (const by of [{ mask: Uint8Array.of(1, 1, 0, 1, 1, 1, 1, 1) }, { alpha: 0.9, minTokens: 1 }]) {
+        frame.setPruning({ ...by, mode });
+        await frame.run(0, ops.length);
+      }
     }
     assert.equal(frame.read(12).length, 2);
     frame.commit();
@@ -169,7 +171,7 @@ async function program() {
     caches.map((cache) => cache.length),
     [6, 4],
   );
-  frame.setExpertMask(null, 'drop');
+  frame.setPruning(null);
   const unknownToken = async () => {
     frame.begin(Int32Array.of(vocab), [{ length: 1 }]);
     await frame.run(0, 1);

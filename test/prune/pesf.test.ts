@@ -175,6 +175,28 @@ describe('a pruned model', () => {
     expect([...reselected.indices].some((e) => e < 0 || gone.has(e))).toBe(false);
   });
 
+  test.each(['drop', 'renormalize', 'reselect'] as const)(
+    'mode %s: the layers prune by themselves as when the policy is asked',
+    async (mode) => {
+      const lengths = [60, 1, 7, 40];
+      const batch = {
+        ids: Int32Array.from(ids.slice(0, 108)),
+        sequences: lengths.map((length) => ({ length })),
+      };
+      const run = async (policy: ExpertPolicy) =>
+        model.decoder.run(batch, { policy }, (frame) => frame.read(model.decoder.h));
+      const [own, asked] = [1, 2].map(() => new PesfPolicy({ alpha: 0.7, mode, minTokens: 8 })) as [
+        PesfPolicy,
+        PesfPolicy,
+      ];
+      const result = await run(own);
+      expect(result).toEqual(await run({ mode, select: (...args) => asked.select(...args) }));
+      expect(own.report()).toEqual(asked.report());
+      expect(own.report().layers[0]).toMatchObject({ sequences: 2 });
+      expect(own.report().experts).toBeGreaterThan(0);
+    },
+  );
+
   test('counts each sequence by itself', async () => {
     const seen: number[][] = [];
     const spy: ExpertPolicy = {

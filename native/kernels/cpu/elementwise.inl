@@ -6,25 +6,45 @@ void exp_f32(const float* in, int64_t n, float* out) {
   if (i < n) store_part(out + i, exp_lanes(load_part(in + i, n - i)), n - i);
 }
 
-EAC_INLINE F silu_mul_lanes(F g, F u) { return g / (1.0f + exp_lanes(-g)) * u; }
-
-void silu_mul(float* gate, const float* up, int64_t n) {
+// gate = lanes(gate, up)
+template <F (*lanes)(F, F)> void gated(float* gate, const float* up, int64_t n) {
   int64_t i = 0;
-  for (; i + L <= n; i += L) store(gate + i, silu_mul_lanes(load<F>(gate + i), load<F>(up + i)));
-  if (i < n) store_part(gate + i, silu_mul_lanes(load_part(gate + i, n - i), load_part(up + i, n - i)), n - i);
+  for (; i + L <= n; i += L) store(gate + i, lanes(load<F>(gate + i), load<F>(up + i)));
+  if (i < n) store_part(gate + i, lanes(load_part(gate + i, n - i), load_part(up + i, n - i)), n - i);
 }
 
-EAC_INLINE F clamped_swiglu_lanes(F g, F u) {
+EAC_INLINE F silu_mul(F g, F u) { return g / (1.0f + exp_lanes(-g)) * u; }
+
+EAC_INLINE F clamped_swiglu(F g, F u) {
   const F high = splat(7.0f), low = splat(-7.0f);
   g = g > high ? high : g;  // keeps NaN
   u = u > high ? high : u < low ? low : u;
   return g / (1.0f + exp_lanes(-1.702f * g)) * (u + 1.0f);
 }
 
-void clamped_swiglu(float* gate, const float* up, int64_t n) {
-  int64_t i = 0;
-  for (; i + L <= n; i += L) store(gate + i, clamped_swiglu_lanes(load<F>(gate + i), load<F>(up + i)));
-  if (i < n) store_part(gate + i, clamped_swiglu_lanes(load_part(gate + i, n - i), load_part(up + i, n - i)), n - i);
+EAC_INLINE F relu_mul(F g, F u) { return (g < 0.0f ? F{} : g) * u; }  // keeps NaN
+
+// g Phi(g), Phi(g) = erfc(-g / sqrt 2) / 2. erfc(z), z >= 0, as the Chebyshev fit `erfcc` of Press et al., Numerical Recipes: its relative error
+// is below 1.2e-7, so that the left tail has no cancellation.
+EAC_INLINE F gelu_mul(F g, F u) {
+  const F z = (g < 0.0f ? -g : g) * 0.70710678f, t = 1.0f / (1.0f + 0.5f * z);
+  F p = t * 0.17087277f - 0.82215223f;
+  p = p * t + 1.48851587f;
+  p = p * t - 1.13520398f;
+  p = p * t + 0.27886807f;
+  p = p * t - 0.18628806f;
+  p = p * t + 0.09678418f;
+  p = p * t + 0.37409196f;
+  p = p * t + 1.00002368f;
+  p = p * t - 1.26551223f;
+  const F tail = 0.5f * t * exp_lanes(p - z * z);  // Phi(-|g|)
+  return g * (g < 0.0f ? tail : 1.0f - tail) * u;
+}
+
+// (1 + tanh y) / 2 = 1 / (1 + exp(-2 y))
+EAC_INLINE F gelu_tanh_mul(F g, F u) {
+  const F y = 1.59576912f * (g + 0.044715f * (g * g * g));
+  return g / (1.0f + exp_lanes(-y)) * u;
 }
 
 SoftmaxInfo softmax_row(float* x, int64_t n) {
@@ -117,5 +137,3 @@ void scale_f32(float alpha, float* x, int64_t n) {
   for (; i + L <= n; i += L) store(x + i, alpha * load<F>(x + i));
   for (; i < n; i++) x[i] *= alpha;
 }
-
-float sum_squares(const float* x, int64_t n) { return dot_f32(x, x, n); }

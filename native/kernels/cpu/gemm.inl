@@ -32,40 +32,55 @@ void to_f32(DType dtype, const void* in, int64_t n, float* out) {
   for (; i < n; i++) out[i] = load_scalar<float>(in, dtype, i);
 }
 
-// Four rows of four floats, transposed. `in` rows are `stride` apart, `out` rows `width`.
-EAC_INLINE void transpose_4x4(const float* in, int64_t stride, float* out, int64_t width) {
+// Four rows of four floats, `stride` apart, transposed into four rows that lie anywhere.
+EAC_INLINE void transpose_4x4(const float* in, int64_t stride, float* out0, float* out1, float* out2, float* out3) {
 #if defined(__SSE2__)
   __m128 a = _mm_loadu_ps(in), b = _mm_loadu_ps(in + stride), c = _mm_loadu_ps(in + 2 * stride),
          d = _mm_loadu_ps(in + 3 * stride);
   _MM_TRANSPOSE4_PS(a, b, c, d);
-  _mm_storeu_ps(out, a);
-  _mm_storeu_ps(out + width, b);
-  _mm_storeu_ps(out + 2 * width, c);
-  _mm_storeu_ps(out + 3 * width, d);
+  _mm_storeu_ps(out0, a);
+  _mm_storeu_ps(out1, b);
+  _mm_storeu_ps(out2, c);
+  _mm_storeu_ps(out3, d);
 #elif defined(__aarch64__)
   const F a = load<F>(in), b = load<F>(in + stride), c = load<F>(in + 2 * stride), d = load<F>(in + 3 * stride);
   const float64x2_t ab_02 = (float64x2_t)vtrn1q_f32(a, b), ab_13 = (float64x2_t)vtrn2q_f32(a, b);
   const float64x2_t cd_02 = (float64x2_t)vtrn1q_f32(c, d), cd_13 = (float64x2_t)vtrn2q_f32(c, d);
-  store(out, (F)vtrn1q_f64(ab_02, cd_02));
-  store(out + width, (F)vtrn1q_f64(ab_13, cd_13));
-  store(out + 2 * width, (F)vtrn2q_f64(ab_02, cd_02));
-  store(out + 3 * width, (F)vtrn2q_f64(ab_13, cd_13));
+  store(out0, (F)vtrn1q_f64(ab_02, cd_02));
+  store(out1, (F)vtrn1q_f64(ab_13, cd_13));
+  store(out2, (F)vtrn2q_f64(ab_02, cd_02));
+  store(out3, (F)vtrn2q_f64(ab_13, cd_13));
 #else
-  for (int p = 0; p < 4; p++)
-    for (int i = 0; i < 4; i++) out[p * width + i] = in[i * stride + p];
+  for (int i = 0; i < 4; i++) {
+    out0[i] = in[i * stride];
+    out1[i] = in[i * stride + 1];
+    out2[i] = in[i * stride + 2];
+    out3[i] = in[i * stride + 3];
+  }
 #endif
 }
 
-// Rows contiguous along k become panel columns. Rows in fours; the last four may overlap the ones before.
-EAC_INLINE void pack_rows_f32(const float* in, int64_t stride, int64_t width, int64_t count, int64_t k, float* out) {
+// Rows contiguous along k become panel columns, what belongs to k at place(k) of the panel: a cache line of four rows at a time; the
+// last four rows may overlap the ones before.
+template <class Place>
+EAC_INLINE void pack_rows(const float* in, int64_t stride, int64_t count, int64_t k, float* out, Place place) {
+  constexpr int64_t line = 16;
   int64_t p = 0;
   if (count >= 4)
-    for (; p + 4 <= k; p += 4) {
-      for (int64_t i = 0; i + 4 <= count; i += 4) transpose_4x4(in + i * stride + p, stride, out + p * width + i, width);
-      if (count % 4) transpose_4x4(in + (count - 4) * stride + p, stride, out + p * width + count - 4, width);
-    }
+    for (; p + line <= k; p += line)
+      for (int64_t i = 0; i < count; i += 4) {
+        const int64_t row = i + 4 <= count ? i : count - 4;
+        EAC_UNROLL
+        for (int64_t q = p; q < p + line; q += 4) {
+          const auto to = [&](int64_t at) { return out + place(at) + row; };
+          transpose_4x4(in + row * stride + q, stride, to(q), to(q + 1), to(q + 2), to(q + 3));
+        }
+      }
   for (; p < k; p++)
-    for (int64_t i = 0; i < count; i++) out[p * width + i] = in[i * stride + p];
+    for (int64_t i = 0; i < count; i++) out[place(p) + i] = in[i * stride + p];
+}
+EAC_INLINE void pack_rows_f32(const float* in, int64_t stride, int64_t width, int64_t count, int64_t k, float* out) {
+  pack_rows(in, stride, count, k, out, [=](int64_t p) { return p * width; });
 }
 
 // 16-bit rows contiguous along k: converted a stretch at a time, then as above.
@@ -114,20 +129,13 @@ template <class T, int mr, int nv> constexpr int tile_height(int64_t rows) {
     if (height < mr && rows <= height) return height;
   return mr;
 }
-// mr rows times nv vectors of C in registers.
-template <class T, int mr, int nv> void tile_of(int64_t k, T alpha, const T* a, const T* b, int64_t ldb, const T* next,
-                                                bool accumulate, T* c, int64_t ldc, int64_t rows, int64_t cols) {
-  typedef typename VecOf<T>::type V;
-  constexpr int lanes = sizeof(V) / sizeof(T), nr = nv * lanes;
-  constexpr int ahead = mr < EAC_MR ? nr : int(tile_prefetch);  // few rows wait for B more than they compute
-  for (int64_t i = 0; i < rows; i++) EAC_UNROLL
-  for (int j = 0; j < nv; j++) __builtin_prefetch(c + i * ldc + j * lanes, 1);
-  V acc[mr][nv];
-  EAC_UNROLL
-  for (int i = 0; i < mr; i++) EAC_UNROLL
-  for (int j = 0; j < nv; j++) acc[i][j] = V{};
+// acc += A panel [k][mr] · B [k][nv vectors], row stride ldb. `next` is asked for meanwhile, `ahead` elements for each k.
+template <class T, int mr, int nv, int ahead, class V>
+EAC_INLINE void add_products(V (&acc)[mr][nv], int64_t k, const T* a, const T* b, int64_t ldb, const T* next) {
+  constexpr int lanes = sizeof(V) / sizeof(T);
   for (int64_t p = 0; p < k; p++, a += mr, b += ldb) {
     for (int j = 0; j < ahead; j += 64 / int(sizeof(T))) __builtin_prefetch(next + p * ahead + j, 0, 2);
+    if (mr == EAC_MR) __builtin_prefetch(a + 24 * mr);  // too slow a stream for the processor to run ahead of
     V bv[nv];
     EAC_UNROLL
     for (int j = 0; j < nv; j++) bv[j] = load<V>(b + j * lanes);
@@ -143,6 +151,18 @@ template <class T, int mr, int nv> void tile_of(int64_t k, T alpha, const T* a, 
     for (int i = 0; i < mr; i++) EAC_UNROLL
     for (int j = 0; j < nv; j++) acc[i][j] = (by_lane ? av[i / lanes][i % lanes] : a[i]) * bv[j] + acc[i][j];
   }
+}
+
+// mr rows times nv vectors of C in registers.
+template <class T, int mr, int nv> void tile_of(int64_t k, T alpha, const T* a, const T* b, int64_t ldb, const T* next,
+                                                bool accumulate, T* c, int64_t ldc, int64_t rows, int64_t cols) {
+  typedef typename VecOf<T>::type V;
+  constexpr int lanes = sizeof(V) / sizeof(T), nr = nv * lanes;
+  constexpr int ahead = mr < EAC_MR ? nr : int(tile_prefetch);  // few rows wait for B more than they compute
+  for (int64_t i = 0; i < rows; i++) EAC_UNROLL
+  for (int j = 0; j < nv; j++) __builtin_prefetch(c + i * ldc + j * lanes, 1);
+  V acc[mr][nv]{};
+  add_products<T, mr, nv, ahead>(acc, k, a, b, ldb, next);
   // An edge tile goes through a copy, so that its last operation is the same as everywhere.
   T edge[mr * nr];
   const bool whole = rows == mr && cols == nr;
@@ -174,5 +194,64 @@ template <class T, int mr, int nv> void tile(int64_t k, T alpha, const T* a, con
     case 4: return run(tile_of<T, 4, nv>);
     case 8: return run(tile_of < T, mr < 8 ? mr : 8, nv >);
     default: return run(tile_of<T, mr, nv>);
+  }
+}
+
+// Sums in the order of dot_panel (lane l takes the channels l, l + L, ...; then the lanes are halved) from packed panels.
+// A panel holds the channels of one lane after the other's, the lanes in the order in which the halving meets them, that is by
+// their numbers with the bits reversed. So lane sums come one at a time, and a binary counter's worth of partial sums waits.
+// A cache line between lanes keeps those of a power of two apart in the cache.
+constexpr int64_t lane_place(int64_t lane) {
+  int64_t place = 0;
+  for (int b = 1; b < L; b *= 2) place = 2 * place + (lane & b ? 1 : 0);
+  return place;
+}
+constexpr int64_t lane_size(int64_t k, int64_t width) { return k / L * width + 16; }
+void pack_lanes(const float* in, int64_t stride, int64_t width, int64_t count, int64_t k, float* out) {
+  const int64_t lane = lane_size(k, width);
+  if (count < width) __builtin_memset(out, 0, size_t(L * lane) * sizeof(float));
+  pack_rows(in, stride, count, k, out, [=](int64_t p) { return lane_place(p % L) * lane + p / L * width; });
+}
+
+template <int mr, int nv> void lane_tile_of(const LaneTile& t) {
+  constexpr int nr = nv * L, levels = L == 16 ? 4 : L == 8 ? 3 : 2;
+  F waiting[levels][mr][nv], acc[mr][nv];
+  const float *a = t.a, *b = t.b;
+  for (int n = 0; n < L; n++, a += lane_size(t.k, mr), b += lane_size(t.k, nr)) {
+    EAC_UNROLL
+    for (int i = 0; i < mr; i++) EAC_UNROLL
+    for (int j = 0; j < nv; j++) acc[i][j] = F{};
+    add_products<float, mr, nv, 0>(acc, t.k / L, a, b, nr, b);
+    int level = 0;
+    for (; n >> level & 1; level++) EAC_UNROLL
+    for (int i = 0; i < mr; i++) EAC_UNROLL
+    for (int j = 0; j < nv; j++) acc[i][j] = waiting[level][i][j] + acc[i][j];
+    if (level < levels) EAC_UNROLL
+    for (int i = 0; i < mr; i++) EAC_UNROLL
+    for (int j = 0; j < nv; j++) waiting[level][i][j] = acc[i][j];
+  }
+  const bool whole = t.tokens == mr && t.rows == nr;
+  for (int i = 0; i < mr; i++)
+    for (int j = 0; j < nv; j++) {
+      const int64_t n = i < t.tokens ? t.rows - j * L : 0;
+      float* y = t.y + i * t.ldy + j * L;
+      F v = acc[i][j];
+      if (t.bias) v = v + (n >= L ? load<F>(t.bias + j * L) : load_part(t.bias + j * L, n));
+      if (t.beta) v = v + (n >= L ? load<F>(y) : load_part(y, n));
+      if (whole || n >= L)
+        store(y, v);
+      else
+        store_part(y, v, n);
+    }
+}
+
+void lane_tile(const LaneTile& t) {
+  constexpr int mr = EAC_MR, nv = EAC_NV;
+  switch (tile_height<float, mr, nv>(t.tokens)) {
+    case 1: return lane_tile_of<1, nv>(t);
+    case 2: return lane_tile_of<2, nv>(t);
+    case 4: return lane_tile_of<4, nv>(t);
+    case 8: return lane_tile_of < mr < 8 ? mr : 8, nv > (t);
+    default: return lane_tile_of<mr, nv>(t);
   }
 }

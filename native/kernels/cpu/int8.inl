@@ -56,11 +56,12 @@ EAC_INLINE void add_in_place(const uint8_t* codes, int64_t stride, const int8_t*
 }
 #endif
 
-// Panels' units from some block on: `stride` bytes from panel to panel; `after`: where the panels that come next begin. Packed codes are asked
-// for some way ahead, or each new group of panels would begin with a stall.
+// Panels' units from some block on: `stride` bytes from panel to panel; `after`: the panels that come next. Packed codes are asked for some
+// way ahead, scales and zero points (short streams that no hardware foresees) a group of panels ahead, or each new group would begin with stalls.
 struct PanelCodes {
-  const uint8_t *data, *after;
+  const uint8_t* data;
   int64_t stride;
+  PanelStart after;
 };
 
 #ifdef EAC_I8MM
@@ -86,15 +87,16 @@ EAC_INLINE void int8_tile(const Int8Dot& d, int64_t panel, PanelCodes w, int64_t
   }
   float* out = d.out + token * d.ldout + (panel - d.panel) * 16;
   const int64_t distance = EAC_INT8_PREFETCH / unit_bytes * unit_bytes;
-  const uint8_t *panel_end = codes + d.w.panel_bytes, *ahead = distance < d.w.panel_bytes ? codes + distance : w.after;
+  const uint8_t *panel_end = codes + d.w.panel_bytes, *ahead = distance < d.w.panel_bytes ? codes + distance : w.after.codes;
   for (int64_t b = begin; b < end; b++) {
     const int64_t left = d.units - b * units_per_block, units = left < units_per_block ? left : units_per_block;
     const int64_t params = (panel * d.w.groups + b * d.x.block / d.w.group_size) * 16, next_panel = d.w.groups * 16;
-    if constexpr (bits != 8) {  // the next panels' scales and zero points, short streams that no hardware foresees
+    if constexpr (bits != 8) {
+      const int64_t group = b * d.x.block / d.w.group_size * 16;
       EAC_UNROLL
-      for (int p = P; p < 2 * P; p++) {
-        __builtin_prefetch(d.w.scales + params + p * next_panel);
-        __builtin_prefetch(d.w.zeros + params + p * next_panel);
+      for (int p = 0; p < P; p++) {
+        __builtin_prefetch(w.after.scales + group + p * next_panel);
+        __builtin_prefetch(w.after.zeros + group + p * next_panel);
       }
     }
     I sum[P][vectors][T];
@@ -115,7 +117,7 @@ EAC_INLINE void int8_tile(const Int8Dot& d, int64_t panel, PanelCodes w, int64_t
       for (int p = 0; p < P; p++) EAC_UNROLL
       for (int line = 0; line < bits; line++) __builtin_prefetch(ahead + p * w.stride + line * 64);
       ahead += unit_bytes;
-      if (ahead == panel_end) ahead = w.after;
+      if (ahead == panel_end) ahead = w.after.codes;
     };
 #ifdef EAC_INT8_IN_PLACE
     if constexpr (bits != 8 && T == 1) {
@@ -222,31 +224,37 @@ template <int bits, int P> void int8_many_tokens(const Int8Dot& d, int64_t panel
       unpack_units<bits>(codes + p * d.w.panel_bytes + unit * bits * 64, units, unpacked + p * chunk_units * unpacked_unit);
 #endif
     const int64_t end = b + blocks_per_chunk < d.x.blocks ? b + blocks_per_chunk : d.x.blocks;
-    int8_tokens<8, bits, P>(d, panel, {unpacked, nullptr, chunk_units * unpacked_unit}, b, end);
+    int8_tokens<8, bits, P>(d, panel, {unpacked, chunk_units * unpacked_unit, {}}, b, end);
   }
+}
+
+EAC_INLINE PanelStart panel_start(const QuantPanels& w, int64_t panel) {
+  const int64_t params = panel * w.groups * 16;
+  return {w.codes + panel * w.panel_bytes, w.scales + params, w.zeros + params};
 }
 
 template <int bits> void dot_int8_bits(const Int8Dot& d) {
   constexpr int few = EAC_INT8_PANELS_ONE, many = EAC_INT8_PANELS;
-  const int width = d.n == 1 ? few : many;
-  for (int64_t i = 0; i < d.panels;) {
+  const int wanted = d.n == 1 ? few : many;
+  const bool narrow = d.panels < wanted;
+  const int64_t width = narrow ? 1 : wanted;
+  for (int64_t i = 0; i < d.panels; i += width) {
     // A last group that is not full reaches back over panels that are done: it writes the same values again.
-    if (d.panels >= width && i + width > d.panels) i = d.panels - width;
+    if (i + width > d.panels) i = d.panels - width;
     const int64_t panel = d.panel + i;
-    const uint8_t* codes = d.w.codes + panel * d.w.panel_bytes;
-    if (d.panels < width) {
-      for (int64_t t = 0; t < d.n; t++) int8_tile_of<bits, bits, 1, 1>(d, panel, {codes, d.next, 0}, 0, d.x.blocks, t);
-      i++;
-      continue;
-    }
-    const PanelCodes w{codes, i + width < d.panels ? codes + width * d.w.panel_bytes : d.next, d.w.panel_bytes};
-    if (d.n == 1)
+    const bool last = i + width == d.panels;
+    const PanelCodes w{panel_start(d.w, panel).codes, d.w.panel_bytes,
+                       !last          ? panel_start(d.w, panel + width)
+                       : d.next.codes ? d.next
+                                      : panel_start(d.w, panel)};
+    if (narrow)
+      for (int64_t t = 0; t < d.n; t++) int8_tile_of<bits, bits, 1, 1>(d, panel, w, 0, d.x.blocks, t);
+    else if (d.n == 1)
       int8_tile_of<bits, bits, few, 1>(d, panel, w, 0, d.x.blocks, 0);
     else if (d.n <= EAC_INT8_TOKENS)
       int8_tokens<bits, bits, many>(d, panel, w, 0, d.x.blocks);
     else
-      int8_many_tokens<bits, many>(d, panel, codes);
-    i += width;
+      int8_many_tokens<bits, many>(d, panel, w.data);
   }
 }
 

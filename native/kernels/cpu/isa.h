@@ -29,6 +29,13 @@ struct Int8Tokens {
   int64_t stride, blocks, block;
 };
 
+// Where panels begin that will be read later, to be asked for in time.
+struct PanelStart {
+  const uint8_t* codes = nullptr;
+  const uint16_t* scales = nullptr;
+  const uint8_t* zeros = nullptr;
+};
+
 // out (n, 16 * panels; row stride ldout) = tokens · panels [panel, panel + panels) of w ^T.
 struct Int8Dot {
   QuantPanels w;
@@ -38,7 +45,7 @@ struct Int8Dot {
   int64_t n;
   float* out;
   int64_t ldout;
-  const uint8_t* next = nullptr;  // codes that will be read after these, or null: they are asked for in time
+  PanelStart next = {};  // what will be read after these, or null
 };
 
 // One operand of a product while it is packed: element (i, k) lies at data[i * stride + k * k_stride].
@@ -60,11 +67,32 @@ struct DotPanel {
   float* y;
 };
 
+// The same for packed operands: y (tokens, rows) = beta * y + A · B^T + bias, tokens and rows at most those of a GEMM tile.
+struct LaneTile {
+  int64_t k, tokens, rows;
+  const float *a, *b;  // panels of pack_lanes: tokens, as wide as gemm_f32.height(tokens); rows, gemm_f32.nr wide
+  const float* bias;   // or null
+  bool beta;
+  float* y;
+  int64_t ldy;
+};
+
 struct SoftmaxInfo {
   float max, sum;
 };  // softmax = exp(x - max) / sum
 
+// Logits on their way to a choice: distance = max - logit (NaN: infinite) gives the weight exp(-distance * inverse) and the bucket, the
+// upper 16 bits of the distance as f32, 128 to each power of two. The first holds all below 2^-6, the last all from 1016 on.
+struct SamplingWeights {
+  static constexpr int32_t buckets = 2048, first = (127 - 6) << 7;
+  const float* logits;
+  float max, inverse;
+  float* weight;
+  int32_t* bucket;
+};
+
 constexpr int64_t tile_prefetch = 4;
+constexpr int64_t lane_gaps = 256;  // floats that a panel of pack_lanes is longer than its elements
 
 template <class T> struct GemmKernels {
   int mr, nr;  // register tile of C
@@ -99,6 +127,10 @@ struct Isa {
   int token_tile;                        // tokens that dot_panel handles at a time
   int64_t k_block;                       // channels per block that suit the caches
   void (*dot_panel)(const DotPanel& p);  // k a multiple of 32
+  // Many tokens: operands packed once, k a multiple of 32. `count` <= width rows, contiguous along k, become a panel of k * width + lane_gaps
+  // floats, zero padded; the order of its channels is lane_tile's own.
+  void (*pack_lanes)(const float* in, int64_t stride, int64_t width, int64_t count, int64_t k, float* out);
+  void (*lane_tile)(const LaneTile& t);
   // y[r] = dot(w row r, x), r < rows; k a multiple of 32. w: f32, f16 or bf16, row stride ldw in elements.
   void (*gemv)(DType dtype, const void* w, int64_t ldw, int64_t rows, int64_t k, const float* x, float* y);
 
@@ -113,9 +145,9 @@ struct Isa {
 
   // Element-wise helpers of the other kernels. exp: within 2 ulp, exp(-inf) = 0, overflow is inf.
   void (*exp_f32)(const float* in, int64_t n, float* out);
-  void (*silu_mul)(float* gate, const float* up, int64_t n);        // gate = gate / (1 + exp(-gate)) * up
-  void (*clamped_swiglu)(float* gate, const float* up, int64_t n);  // see kernels/nn/activation.h
-  SoftmaxInfo (*softmax_row)(float* x, int64_t n);                  // in place; a row of -inf becomes zeros (sum 0)
+  using Gated = void (*)(float* gate, const float* up, int64_t n);  // gate = activation(gate) * up: kernels/nn/activation.h
+  Gated silu_mul, clamped_swiglu, gelu_mul, gelu_tanh_mul, relu_mul;
+  SoftmaxInfo (*softmax_row)(float* x, int64_t n);  // in place; a row of -inf becomes zeros (sum 0)
   // One block of an online softmax: scores s[i], lo <= i < hi, become exp(s - max'), all others of the n zeros, with max' the new maximum
   // of *max and the scores; *max is updated, *shrink = exp(old max - max') is what earlier sums must be multiplied by. n a multiple of 16.
   // Returns the sum. Nothing to see and a *max of -inf: zeros, shrink 1 or 0.
@@ -124,7 +156,19 @@ struct Isa {
   float (*dot_f32)(const float* a, const float* b, int64_t n);
   void (*axpy_f32)(float alpha, const float* x, float* y, int64_t n);  // y += alpha * x
   void (*scale_f32)(float alpha, float* x, int64_t n);
-  float (*sum_squares)(const float* x, int64_t n);
+
+  // Rows of kernels/nn. Sums in f64.
+  double (*sum_f64)(const float* x, int64_t n);
+  double (*squares_f64)(const float* x, int64_t n, float shift);  // sum of (x - shift)^2
+  // y = (x - shift) * scale * weight + bias; bias may be null, y may be x.
+  void (*normalize)(const float* x, int64_t n, float shift, float scale, const float* weight, const float* bias, float* y);
+  // Pairs of turning channels, (i, i + n) or interleaved, of `heads` heads, `stride` apart: by the angles position * frequencies[i], both
+  // in f32, sine and cosine within 2 ulp for |angle| < 2^30, then times scale.
+  void (*rotate)(float* x, int64_t heads, int64_t stride, const float* frequencies, int64_t n, float position, float scale,
+                 bool interleaved);
+  float (*max_f32)(const float* x, int64_t n);                    // NaN is passed over; -inf if nothing is left
+  double (*sum_exp)(const float* x, int64_t n, float shift);      // of exp(x - shift)
+  void (*sampling_weights)(const SamplingWeights& s, int64_t n);  // see SamplingWeights
 
   LimitLoops limits;
 };

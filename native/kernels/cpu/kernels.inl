@@ -6,6 +6,7 @@
 #include "kernels/cpu/gemm.inl"
 #include "kernels/cpu/dot.inl"
 #include "kernels/cpu/elementwise.inl"
+#include "kernels/cpu/nn.inl"
 #include "kernels/cpu/int8.inl"
 #include "kernels/cpu/limits.inl"
 
@@ -20,6 +21,8 @@ const Isa EAC_ISA_TABLE = {
     .token_tile = EAC_TOKEN_TILE,
     .k_block = EAC_K_BLOCK,
     .dot_panel = dot_panel,
+    .pack_lanes = pack_lanes,
+    .lane_tile = lane_tile,
     .gemv = gemv,
     .int8_tokens = EAC_INT8_TOKENS,
     .dot_int8 = dot_int8,
@@ -27,15 +30,24 @@ const Isa EAC_ISA_TABLE = {
     .dequantize = dequantize,
     .to_f32 = to_f32,
     .exp_f32 = exp_f32,
-    .silu_mul = silu_mul,
-    .clamped_swiglu = clamped_swiglu,
+    .silu_mul = gated<silu_mul>,
+    .clamped_swiglu = gated<clamped_swiglu>,
+    .gelu_mul = gated<gelu_mul>,
+    .gelu_tanh_mul = gated<gelu_tanh_mul>,
+    .relu_mul = gated<relu_mul>,
     .softmax_row = softmax_row,
     .softmax_block = softmax_block,
     .blend_f32 = blend_f32,
     .dot_f32 = dot_f32,
     .axpy_f32 = axpy_f32,
     .scale_f32 = scale_f32,
-    .sum_squares = sum_squares,
+    .sum_f64 = sum_f64,
+    .squares_f64 = squares_f64,
+    .normalize = normalize,
+    .rotate = rotate,
+    .max_f32 = max_f32,
+    .sum_exp = sum_exp,
+    .sampling_weights = sampling_weights,
     .limits = {fma_sums * 2 * L, int8_operations, fma_limit, int8_limit, read_limit},
 };
 

@@ -18,6 +18,7 @@ void* Scratch::bytes(size_t n) {
       check(status, ("allocating " + std::to_string(n) + " bytes of scratch memory on the GPU").c_str());
     }
     size_ = n;
+    moves_++;
   }
   return memory_;
 }

@@ -26,11 +26,13 @@ class Scratch {
   ~Scratch() { cudaFree(memory_); }
   // Room for n elements; contents are lost.
   template <class T> T* get(int64_t n) { return static_cast<T*>(bytes(size_t(n) * sizeof(T))); }
+  uint64_t moves() const { return moves_; }
 
  private:
   void* bytes(size_t n);
   void* memory_ = nullptr;
   size_t size_ = 0;
+  uint64_t moves_ = 0;
 };
 
 struct Context {
@@ -45,13 +47,16 @@ struct Context {
 struct Graph {
   cudaGraphExec_t launches;
 };
+struct Event {
+  cudaEvent_t event;
+};
 
 template <auto kernel, class... Args> void launch(Context& c, const Grid& grid, Args... args) {
   if (grid.blocks.x == 0 || grid.blocks.y == 0 || grid.blocks.z == 0) return;  // nothing to do
   check(launch_kernel<kernel>(c.stream, grid, args...), "a kernel launch");
 }
 
-template <class T> constexpr T ceil_div(T a, T b) { return (a + b - 1) / b; }
+template <class T> __host__ __device__ constexpr T ceil_div(T a, T b) { return (a + b - 1) / b; }
 // One thread an element, 256 a block.
 inline Grid per_element(int64_t n) { return {dim3(unsigned(ceil_div<int64_t>(n, 256))), dim3(256)}; }
 __device__ __forceinline__ int64_t global_thread() { return int64_t(blockIdx.x) * blockDim.x + threadIdx.x; }

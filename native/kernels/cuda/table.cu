@@ -130,6 +130,30 @@ void free_graph(Graph* graph) {
   delete graph;
 }
 
+uint64_t scratch_moves(const Context* c) {
+  uint64_t moves = 0;
+  for (const Scratch& s : c->scratch) moves += s.moves();
+  return moves;
+}
+
+Status record(Context* c, Event** event) {
+  return guarded(c, [&] {
+    if (!*event) {
+      cudaEvent_t made = nullptr;
+      check(cudaEventCreateWithFlags(&made, cudaEventDisableTiming), "creating an event");
+      *event = new Event{made};
+    }
+    check(cudaEventRecord((*event)->event, c->stream), "recording an event");
+  });
+}
+Status wait(Context* c, Event* event) {
+  return guarded(c, [&] { check(cudaStreamWaitEvent(c->stream, event->event, 0), "waiting for an event"); });
+}
+void free_event(Event* event) {
+  cudaEventDestroy(event->event);
+  delete event;
+}
+
 const Table table = {
     .version = table_version,
     .bytes = sizeof(Table),
@@ -151,6 +175,10 @@ const Table table = {
     .end_capture = end_capture,
     .launch = launch_graph,
     .free_graph = free_graph,
+    .scratch_moves = scratch_moves,
+    .record = record,
+    .wait = wait,
+    .free_event = free_event,
     .embed = run<Embed, embed>,
     .norm = run<Norm, norm>,
     .linear = run<Linear, linear>,

@@ -19,6 +19,8 @@ enum class Status : int32_t { ok, invalid_argument, out_of_memory, not_positive_
 struct Context;
 // A captured sequence of launches.
 struct Graph;
+// A place in a stream.
+struct Event;
 
 struct DeviceInfo {
   char name[256];
@@ -95,14 +97,14 @@ struct Rope {  // kernels/nn/attention.h
   bool interleaved;
   Batch batch;
 };
-struct Attention {  // kernels/nn/attention.h
+// kernels/nn/attention.h. `keys`, `values`: (sequences) device arrays, each sequence's cache of this layer, [tokens, kv_heads, dim]; null, or null
+// for a sequence: it sees its own rows only. All arrays are aligned to 16 bytes; dims are multiples of 8.
+struct Attention {
   const float *q, *k, *v;
   float* out;
   Batch batch;
-  float *const *keys,
-      *const *
-          values;  // (sequences) device arrays of each sequence's cache in this layer, [tokens, kv_heads, dim]; or null: own rows
-  int64_t heads, kv_heads, head_dim, value_dim, window;
+  float *const *keys, *const *values;
+  int64_t heads, kv_heads, head_dim, value_dim, window;  // window 0: none
   float scale;
   const float* sinks;  // (heads) or null
 };
@@ -289,15 +291,23 @@ struct Table {
   Status (*allocate_host)(Context*, size_t bytes, void** memory);  // pinned
   void (*free_host)(void* memory);
   Status (*upload)(Context*, void* to, const void* from,
-                   size_t bytes);  // from pageable memory: the source may be changed on return
+                   size_t bytes);  // the source may be changed on return, unless it is pinned
   Status (*download)(Context*, void* to, const void* from, size_t bytes);  // waits
   Status (*copy)(Context*, void* to, const void* from, size_t bytes);      // within the device
   Status (*zero)(Context*, void* memory, size_t bytes);
 
+  // Between the two, operations are recorded instead of queued; all must have run once before with arguments of the same sizes.
   Status (*begin_capture)(Context*);
   Status (*end_capture)(Context*, Graph**);
   Status (*launch)(Context*, Graph*);
   void (*free_graph)(Graph*);
+  // Changes when scratch memory was moved: graphs captured before must not be launched any more.
+  uint64_t (*scratch_moves)(const Context*);
+
+  // *event: null, or one to use again. `wait`: what is queued from now on waits for it, whichever context recorded it.
+  Status (*record)(Context*, Event** event);
+  Status (*wait)(Context*, Event* event);
+  void (*free_event)(Event*);
 
   Status (*embed)(Context*, const Embed*);
   Status (*norm)(Context*, const Norm*);

@@ -12,10 +12,11 @@ namespace eac {
 namespace {
 
 // k_block is part of the result (a sum over blocks of sums), so it is the same for every level, shape and thread count.
-constexpr int64_t k_block = 256;
+// Long sums amortise what a tile of C costs to fetch and to store.
+constexpr int64_t k_block = 512;
 constexpr int64_t row_block = 168;      // rows of A that stay in L2 while panels of B pass; a multiple of every mr
-constexpr int64_t depth = 4 * k_block;  // packed at a time: a block of C comes to L2 once for that many k
-constexpr int64_t super_block = 2016;   // rows and columns packed at a time: bounds the packed copies to 8 MB each in f32
+constexpr int64_t depth = 2 * k_block;  // packed at a time: a block of C comes to L2 once for that many k
+constexpr int64_t super_block = 2688;   // rows and columns packed at a time: bounds the packed copies to 11 MB each in f32
 
 constexpr int64_t max_tile = 16 * 32;  // elements of the largest register tile, mr × nr
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -68,11 +69,14 @@ template <class T> struct Panels {
     const int64_t k0 = task / tasks_per_block() * k_block, n = std::min(k_block, k - k0);
     const int64_t first = task % tasks_per_block() * per_task, end = std::min(panels(), first + per_task);
     T* to = out + panels() * width * k0;
-    for (int64_t p = first; p < end; p++) {
-      const int64_t rows = std::min(width, count - p * width);
-      kernels<T>().pack(offset(source, p * width, k0), last_width ? last_width(rows) : width, rows, n,
-                        scale ? scale + k0 : nullptr, to + p * width * n);
-    }
+    // Rows of memory that run across panels: a few at a time, so that all panels take theirs while the pages are at hand.
+    const int64_t step = source.stride == 1 ? std::min<int64_t>(n, 16) : n;
+    for (int64_t q = 0; q < n; q += step)
+      for (int64_t p = first; p < end; p++) {
+        const int64_t rows = std::min(width, count - p * width), height = last_width ? last_width(rows) : width;
+        kernels<T>().pack(offset(source, p * width, k0 + q), height, rows, std::min(step, n - q),
+                          scale ? scale + k0 + q : nullptr, to + p * width * n + q * height);
+      }
   }
 };
 

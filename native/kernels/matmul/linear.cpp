@@ -1,5 +1,6 @@
 // Products of tokens with a weight matrix. Few outputs are needed of many weights (decoding), or many tokens share them (prefill):
-// both are sums along contiguous channels, so weights are expanded to f32 a panel at a time and never transposed.
+// both are sums along contiguous channels, so weights are expanded to f32 a panel at a time, and not transposed unless many tokens
+// make up for it. The order of the sums is the same either way.
 #include <algorithm>
 
 #include "core/thread_pool.h"
@@ -16,6 +17,10 @@ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 constexpr int64_t panel_rows = 32;   // rows expanded at a time, to stay in L2 while the tokens pass
 constexpr int64_t token_block = 96;  // tokens per expansion: their f32 rows stay in L2, too
+
+constexpr int64_t packed_from = 96;                        // from so many tokens on, packing pays
+constexpr int64_t packed_tokens_bytes = int64_t(1) << 24;  // packed at a time
+constexpr int64_t packed_rows_bytes = int64_t(1) << 19;    // of W, packed by a task: they stay in its L2
 
 struct Weights {
   const Tensor* dense;
@@ -123,6 +128,85 @@ void some_tokens(const float* x, int64_t ldx, int64_t n, int64_t padded, const W
   }
 }
 
+// Many tokens: operands packed once. All tasks share the packed tokens; each packs some rows of W, which stay in its L2 while the
+// tokens pass. Where W has few rows, its tasks share the tokens out, too.
+class ManyTokens {
+  const Isa& kern_ = isa();
+  const Weights& w_;
+  const float* x_;
+  const int64_t ldx_, n_, padded_ = round_up(w_.in, 32);
+  const int64_t mr_ = kern_.gemm_f32.mr, nr_ = kern_.gemm_f32.nr, panels_ = ceil_div(n_, mr_);
+  const float* tokens_ = nullptr;
+
+  int64_t panel_size(int64_t width) const { return width * padded_ + lane_gaps; }
+  int64_t panel_tokens(int64_t p) const { return std::min(mr_, n_ - p * mr_); }
+
+  const float* pack_tokens() const {
+    thread_local Scratch scratch;
+    float* out = scratch.get<float>(panels_ * panel_size(mr_));
+    parallel_for(panels_, [&](int64_t p) {
+      const int64_t count = panel_tokens(p);
+      const float* rows = x_ + p * mr_ * ldx_;
+      int64_t ld = ldx_;
+      if (padded_ != w_.in) {
+        rows = pad_tokens(rows, ld, count, w_.in, padded_);
+        ld = padded_;
+      }
+      kern_.pack_lanes(rows, ld, kern_.gemm_f32.height(count), count, padded_, out + p * panel_size(mr_));
+    });
+    return out;
+  }
+
+  // Rows [begin, end) of W; begin is a multiple of quant_panel.
+  const float* pack_weights(int64_t begin, int64_t end) const {
+    thread_local Scratch packed, expanded;
+    const int64_t step = std::max(nr_, quant_panel);
+    float* out = packed.get<float>(ceil_div(end - begin, nr_) * panel_size(nr_));
+    for (int64_t r0 = begin; r0 < end; r0 += step) {
+      const int64_t rows = std::min(step, end - r0);
+      const float* from;
+      if (w_.in_place()) {
+        from = static_cast<const float*>(w_.at(r0, 0));
+      } else {
+        float* f32 = expanded.get<float>(step * padded_);
+        w_.expand(r0, rows, 0, padded_, f32);
+        from = f32;
+      }
+      for (int64_t r = 0; r < rows; r += nr_)
+        kern_.pack_lanes(from + r * padded_, padded_, nr_, std::min(nr_, rows - r), padded_,
+                         out + (r0 + r - begin) / nr_ * panel_size(nr_));
+    }
+    return out;
+  }
+
+ public:
+  ManyTokens(const float* x, int64_t ldx, int64_t n, const Weights& w) : w_(w), x_(x), ldx_(ldx), n_(n) {
+    tokens_ = pack_tokens();
+  }
+
+  void run(int64_t out, const float* bias, bool beta, float* y, int64_t ldy) const {
+    const int64_t unit = std::max(nr_, quant_panel), threads = thread_count();
+    const int64_t fit = std::max<int64_t>(1, packed_rows_bytes / (unit * padded_ * int64_t(sizeof(float))));
+    const int64_t rows = std::min(fit, ceil_div(out, 2 * threads * unit)) * unit, row_tasks = ceil_div(out, rows);
+    const int64_t shares = std::clamp(ceil_div(2 * threads, row_tasks), int64_t(1), ceil_div(n_, 2 * packed_from));
+    parallel_for(row_tasks * shares, [&](int64_t task) {
+      const int64_t begin = task / shares * rows, end = std::min(out, begin + rows), share = task % shares;
+      const float* weights = pack_weights(begin, end);
+      for (int64_t p = panels_ * share / shares; p < panels_ * (share + 1) / shares; p++)
+        for (int64_t r = begin; r < end; r += nr_)
+          kern_.lane_tile({.k = padded_,
+                           .tokens = panel_tokens(p),
+                           .rows = std::min(nr_, end - r),
+                           .a = tokens_ + p * panel_size(mr_),
+                           .b = weights + (r - begin) / nr_ * panel_size(nr_),
+                           .bias = bias ? bias + r : nullptr,
+                           .beta = beta,
+                           .y = y + p * mr_ * ldy + r,
+                           .ldy = ldy});
+    });
+  }
+};
+
 void check(const Matrix& w, const Tensor* bias, float beta) {
   if (const Tensor* t = std::get_if<Tensor>(&w))
     require(t->dtype == DType::f32 || t->dtype == DType::f16 || t->dtype == DType::bf16,
@@ -166,6 +250,16 @@ void linear(const float* x, int64_t ldx, int64_t n, const Matrix& w, const Tenso
   if (n <= 0 || out <= 0) return;
   if (threads == 1 || double(out) * double(in_features(w)) * double(n) < 1 << 16) {
     linear_serial(x, ldx, n, w, bias, 0, out, beta, y, ldy);
+    return;
+  }
+  if (n >= packed_from) {
+    check(w, bias, beta);
+    const Weights weights(w);
+    const float* b = bias_f32(bias, 0, out);
+    const int64_t most = std::max(4 * packed_from, packed_tokens_bytes / (weights.in * int64_t(sizeof(float))));
+    const int64_t blocks = ceil_div(n, most), size = ceil_div(n, blocks);
+    for (int64_t t = 0; t < n; t += size)
+      ManyTokens(x + t * ldx, ldx, std::min(size, n - t), weights).run(out, b, beta != 0, y + t * ldy, ldy);
     return;
   }
   // Pieces of rows by blocks of tokens, some for each thread so that none waits long at the end.

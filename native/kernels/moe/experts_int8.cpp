@@ -13,14 +13,15 @@ constexpr int64_t few_channels = 64;    // outputs of one piece of the down proj
 
 const QuantMatrix& quant(const Matrix& m) { return std::get<QuantMatrix>(m); }
 
-// Where the codes of an output channel begin.
-const uint8_t* codes_of(const QuantMatrix& w, int64_t channel) {
-  return w.codes.as<uint8_t>() + channel / quant_panel * w.panel_bytes();
+// Where an output channel begins.
+PanelStart start_of(const QuantMatrix& w, int64_t channel) {
+  const int64_t panel = channel / quant_panel, params = w.param_index(panel * quant_panel, 0);
+  return {w.codes.as<uint8_t>() + panel * w.panel_bytes(), w.scales.as<uint16_t>() + params, w.zeros.as<uint8_t>() + params};
 }
 
 // out (n, channels) = rows of x · rows [channel, channel + channels) of w ^T, padded to whole panels. next: see Int8Dot.
 void product(const Int8Tokens& x, const int32_t* rows, int64_t n, const QuantMatrix& w, int64_t channel, int64_t channels,
-             float* out, int64_t ldout, const uint8_t* next) {
+             float* out, int64_t ldout, const PanelStart& next) {
   isa().dot_int8({.w = panels_of(w),
                   .panel = channel / quant_panel,
                   .panels = (channels + quant_panel - 1) / quant_panel,
@@ -64,8 +65,8 @@ struct Int8Experts {
     float* up = gate + row_block * channel_block;
     const int32_t* tokens = s.dispatch.token_of_pair.data() + t.row;
     const QuantMatrix &gate_matrix = quant(c.experts.gate_of(e)), &up_matrix = quant(c.experts.up_of(e));
-    const uint8_t* after = next ? codes_of(quant(c.experts.gate_of(size_t(next->expert))), next->channel) : nullptr;
-    product(s.x8.view(), tokens, t.rows, gate_matrix, t.channel, t.channels, gate, channel_block, codes_of(up_matrix, t.channel));
+    const PanelStart after = next ? start_of(quant(c.experts.gate_of(size_t(next->expert))), next->channel) : PanelStart{};
+    product(s.x8.view(), tokens, t.rows, gate_matrix, t.channel, t.channels, gate, channel_block, start_of(up_matrix, t.channel));
     product(s.x8.view(), tokens, t.rows, up_matrix, t.channel, t.channels, up, channel_block, after);
     add_bias(c.experts.bias_of(e, &ExpertBiases::gate), t.channel, t.channels, gate, t.rows, channel_block);
     add_bias(c.experts.bias_of(e, &ExpertBiases::up), t.channel, t.channels, up, t.rows, channel_block);
@@ -90,9 +91,9 @@ struct Int8Experts {
       const int64_t channel = task * step, channels = std::min(step, c.d - channel);
       if (c.beta == 0) std::memset(c.out + channel, 0, size_t(channels) * sizeof(float));
       for (size_t i = 0; i < terms.size(); i++) {
-        const uint8_t* next = i + 1 < terms.size()     ? codes_of(*terms[i + 1].down, channel)
-                              : task + threads < tasks ? codes_of(*terms[0].down, (task + threads) * step)
-                                                       : nullptr;
+        const PanelStart next = i + 1 < terms.size()     ? start_of(*terms[i + 1].down, channel)
+                                : task + threads < tasks ? start_of(*terms[0].down, (task + threads) * step)
+                                                         : PanelStart{};
         product(terms[i].hidden, nullptr, 1, *terms[i].down, channel, channels, y, step, next);
         add_bias(terms[i].bias, channel, channels, y, 1, step);
         isa().axpy_f32(terms[i].weight, y, c.out + channel, channels);
@@ -126,7 +127,7 @@ struct Int8Experts {
     s.dispatch.for_tiles(
         row_block, channel_block, [&](size_t) { return c.d; },
         [&](const Tile& t, const Tile* next) {
-          const uint8_t* after = next ? codes_of(quant(c.experts.down_of(size_t(next->expert))), next->channel) : nullptr;
+          const PanelStart after = next ? start_of(quant(c.experts.down_of(size_t(next->expert))), next->channel) : PanelStart{};
           const QuantMatrix& w = quant(c.experts.down_of(size_t(t.expert)));
           const Int8Tokens x = hidden_from(size_t(t.expert), t.row);
           const Tensor* bias = c.experts.bias_of(size_t(t.expert), &ExpertBiases::down);

@@ -1,44 +1,42 @@
 #include "kernels/nn/norm.h"
 
 #include <cmath>
-#include <vector>
 
 #include "core/thread_pool.h"
+#include "kernels/cpu/isa.h"
+#include "kernels/matmul/scratch.h"
 
 namespace eac {
 namespace {
 
-std::vector<float> as_f32(const Tensor& t) {
-  std::vector<float> v(size_t(t.size()));
-  for (size_t i = 0; i < v.size(); i++) v[i] = float(element(t, int64_t(i)));
-  return v;
+// The tensor's own values, or a copy in the scratch.
+const float* as_f32(const Tensor& t, Scratch& scratch) {
+  if (t.dtype == DType::f32) return t.f32();
+  float* copy = scratch.get<float>(t.size());
+  isa().to_f32(t.dtype, t.data, t.size(), copy);
+  return copy;
 }
+
+float inverse_root(double squares, int64_t d, float eps) { return float(1.0 / std::sqrt(squares / double(d) + double(eps))); }
 
 }  // namespace
 
 void rms_norm(const float* x, int64_t n, int64_t d, const Tensor& weight, float eps, float* y) {
-  const std::vector<float> w = as_f32(weight);
+  thread_local Scratch scratch;
+  const float* w = as_f32(weight, scratch);
   parallel_rows(n, 16, [&](int64_t i) {
     const float* xi = x + i * d;
-    float* yi = y + i * d;
-    double sum = 0;
-    for (int64_t j = 0; j < d; j++) sum += double(xi[j]) * xi[j];
-    const float r = float(1.0 / std::sqrt(sum / double(d) + eps));
-    for (int64_t j = 0; j < d; j++) yi[j] = xi[j] * r * w[size_t(j)];
+    isa().normalize(xi, d, 0, inverse_root(isa().squares_f64(xi, d, 0), d, eps), w, nullptr, y + i * d);
   });
 }
 
 void layer_norm(const float* x, int64_t n, int64_t d, const Tensor& weight, const Tensor& bias, float eps, float* y) {
-  const std::vector<float> w = as_f32(weight), b = as_f32(bias);
+  thread_local Scratch weight_scratch, bias_scratch;
+  const float *w = as_f32(weight, weight_scratch), *b = as_f32(bias, bias_scratch);
   parallel_rows(n, 16, [&](int64_t i) {
     const float* xi = x + i * d;
-    float* yi = y + i * d;
-    double mean = 0, var = 0;
-    for (int64_t j = 0; j < d; j++) mean += xi[j];
-    mean /= double(d);
-    for (int64_t j = 0; j < d; j++) var += (xi[j] - mean) * (xi[j] - mean);
-    const float r = float(1.0 / std::sqrt(var / double(d) + eps)), m = float(mean);
-    for (int64_t j = 0; j < d; j++) yi[j] = (xi[j] - m) * r * w[size_t(j)] + b[size_t(j)];
+    const float mean = float(isa().sum_f64(xi, d) / double(d));
+    isa().normalize(xi, d, mean, inverse_root(isa().squares_f64(xi, d, mean), d, eps), w, b, y + i * d);
   });
 }
 

@@ -6,13 +6,14 @@
 namespace eac {
 
 struct Sampling {
-  float temperature = 0;        // 0: the largest logit (ties: the smaller id)
-  int64_t top_k = 0;            // 0: off
-  double top_p = 1;             // 1: off
-  std::vector<double> uniform;  // one number in [0, 1) a row
+  float temperature = 0;             // 0: the largest logit (ties: the smaller id)
+  int64_t top_k = 0;                 // 0: off
+  double top_p = 1;                  // 1: off
+  std::vector<double> uniform = {};  // one number in [0, 1) a row
 };
 // One id a row of logits (n × vocabulary): softmax(logits / temperature), cut to the top_k largest and then to the smallest set
-// whose probability reaches top_p, renormalised, inverted at the row's uniform number in falling order of probability.
+// whose probability reaches top_p, renormalised, inverted at the row's uniform number in falling order of probability (ties: the smaller id first). Probabilities are
+// f32, their sums f64. NaN counts as -inf; a row whose largest logit is not finite gives that logit's id.
 void sample(const float* logits, int64_t n, int64_t vocabulary, const Sampling& s, int32_t* ids);
 
 // nll[i] = -log softmax(logits row i)[targets[i]] in nats; 0 where the target is -1.

@@ -8,8 +8,8 @@
 
 namespace eac {
 
-// Keys and values of one sequence, layer by layer, in blocks of kv_block tokens whose layout is attention's (attention.cpp). Capacity
-// doubles when it runs out.
+// Keys and values of one sequence, layer by layer, in blocks of kv_block tokens whose layout is the attention's that uses them
+// (attention.cpp; kernels/cuda/table.h). Capacity doubles when it runs out.
 inline constexpr int64_t kv_block = 128;
 
 class KvCache {
@@ -17,9 +17,11 @@ class KvCache {
   struct Widths {
     int64_t key, value;
   };
-  explicit KvCache(std::vector<Widths> widths) : widths_(std::move(widths)), keys_(widths_.size()), values_(widths_.size()) {}
+  explicit KvCache(std::vector<Widths> widths, Device* device = nullptr)
+      : device(device), widths_(std::move(widths)), keys_(widths_.size()), values_(widths_.size()) {}
 
-  int64_t length = 0;  // tokens that count; those beyond are scratch of the batch in flight
+  Device* const device;  // null: the host
+  int64_t length = 0;    // tokens that count; those beyond are scratch of the batch in flight
 
   size_t layers() const { return widths_.size(); }
   Widths widths(size_t layer) const { return widths_[layer]; }
@@ -44,9 +46,12 @@ class KvCache {
 
  private:
   Tensor grown(const Tensor& old, int64_t tokens, int64_t width) const {
-    Tensor t = Tensor::zeros(DType::f32, {tokens + kv_padding, width});
-    const int64_t used = (length + kv_block - 1) / kv_block * kv_block;
-    if (used > 0) std::memcpy(t.data, old.data, size_t(used * width) * sizeof(float));
+    Tensor t = Tensor::zeros(DType::f32, {tokens + kv_padding, width}, device);
+    const size_t used = size_t((length + kv_block - 1) / kv_block * kv_block * width) * sizeof(float);
+    if (used > 0 && device)
+      device->copy(t.data, old.data, used);
+    else if (used > 0)
+      std::memcpy(t.data, old.data, used);
     return t;
   }
   static constexpr int64_t kv_padding = 64;  // vectors may be read from the last token on

@@ -7,6 +7,7 @@
 #include "core/error.h"
 #include "core/thread_pool.h"
 #include "kernels/matmul/gemm.h"
+#include "kernels/matmul/scratch.h"
 
 namespace eac {
 namespace {
@@ -24,75 +25,69 @@ void subtract_product(int64_t m, int64_t n, int64_t k, Operand a, Operand b, dou
   gemm_f64(m, n, k, -1.0, a, b, 1.0, c, ldc);
 }
 
-// Runs body(begin, end) over pieces of [0, n).
-void parallel_ranges(int64_t n, int64_t piece, FunctionRef<void(int64_t, int64_t)> body) {
-  parallel_for((n + piece - 1) / piece, [&](int64_t i) { body(i * piece, std::min(n, (i + 1) * piece)); });
+void invert_leaf(double* l, int64_t n, int64_t ld) {
+  for (int64_t j = 0; j < n; j++) {
+    l[j * ld + j] = 1 / l[j * ld + j];
+    for (int64_t i = j + 1; i < n;
+         i++) {  // rows above i hold the inverse's column j already; row i still holds L, its diagonal too
+      double s = 0;
+      for (int64_t k = j; k < i; k++) s += l[i * ld + k] * l[k * ld + j];
+      l[i * ld + j] = -s / l[i * ld + i];
+    }
+  }
 }
 
-// X (m × n) := X L^-T. The rows are independent; the leaf transposes L so that updates run along a row.
-void solve_right_transposed(double* x, int64_t m, const double* l, int64_t n, int64_t ld) {
-  if (n > leaf) {
-    const int64_t h = split(n);
-    solve_right_transposed(x, m, l, h, ld);
-    subtract_product(m, n - h, h, plain(x, ld), transposed(l + h * ld, ld), x + h, ld);
-    solve_right_transposed(x + h, m, l + h * ld + h, n - h, ld);
-    return;
+// A diagonal block's inverse: dividing by the block becomes a product, which runs at the speed of the vector kernels.
+struct LeafInverse {
+  double at[leaf * leaf] = {};
+  LeafInverse(const double* l, int64_t n, int64_t ld) {
+    for (int64_t i = 0; i < n; i++) std::copy_n(l + i * ld, i + 1, at + i * leaf);
+    invert_leaf(at, n, leaf);
   }
-  double lt[leaf * leaf];
-  for (int64_t i = 0; i < n; i++)
-    for (int64_t j = 0; j <= i; j++) lt[j * leaf + i] = l[i * ld + j];
-  parallel_ranges(m, leaf, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; r++) {
-      double* row = x + r * ld;
-      for (int64_t j = 0; j < n; j++) {
-        const double v = row[j] /= lt[j * leaf + j];
-        for (int64_t k = j + 1; k < n; k++) row[k] -= v * lt[j * leaf + k];
-      }
-    }
-  });
+};
+
+// X (m × n) := alpha A B, of which one is X.
+void replace_by_product(double* x, int64_t ld, int64_t m, int64_t n, int64_t k, double alpha, Operand a, Operand b) {
+  thread_local Scratch scratch;
+  double* product = scratch.get<double>(m * n);
+  gemm_f64(m, n, k, alpha, a, b, 0.0, product, n);
+  parallel_rows(m, 64, [&](int64_t r) { std::copy_n(product + r * n, n, x + r * ld); });
+}
+
+// X (m × n) := X L^-T.
+void solve_right_transposed(double* x, int64_t m, const double* l, int64_t n, int64_t ld) {
+  if (n <= leaf) {
+    const LeafInverse inverse(l, n, ld);
+    return replace_by_product(x, ld, m, n, n, 1.0, plain(x, ld), transposed(inverse.at, leaf));
+  }
+  const int64_t h = split(n);
+  solve_right_transposed(x, m, l, h, ld);
+  subtract_product(m, n - h, h, plain(x, ld), transposed(l + h * ld, ld), x + h, ld);
+  solve_right_transposed(x + h, m, l + h * ld + h, n - h, ld);
 }
 
 // X (m × n) := X L^-1.
 void solve_right(double* x, int64_t m, const double* l, int64_t n, int64_t ld) {
-  if (n > leaf) {
-    const int64_t h = split(n);
-    solve_right(x + h, m, l + h * ld + h, n - h, ld);
-    subtract_product(m, h, n - h, plain(x + h, ld), plain(l + h * ld, ld), x, ld);
-    solve_right(x, m, l, h, ld);
-    return;
+  if (n <= leaf) {
+    const LeafInverse inverse(l, n, ld);
+    return replace_by_product(x, ld, m, n, n, 1.0, plain(x, ld), plain(inverse.at, leaf));
   }
-  parallel_ranges(m, leaf, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; r++) {
-      double* row = x + r * ld;
-      for (int64_t j = n - 1; j >= 0; j--) {
-        const double v = row[j] /= l[j * ld + j];
-        for (int64_t k = 0; k < j; k++) row[k] -= v * l[j * ld + k];
-      }
-    }
-  });
+  const int64_t h = split(n);
+  solve_right(x + h, m, l + h * ld + h, n - h, ld);
+  subtract_product(m, h, n - h, plain(x + h, ld), plain(l + h * ld, ld), x, ld);
+  solve_right(x, m, l, h, ld);
 }
 
-// X (n × m) := -L^-1 X. The columns are independent.
+// X (n × m) := -L^-1 X.
 void solve_left_negated(double* x, int64_t m, const double* l, int64_t n, int64_t ld) {
-  if (n > leaf) {
-    const int64_t h = split(n);
-    solve_left_negated(x, m, l, h, ld);
-    gemm_f64(n - h, m, h, 1.0, plain(l + h * ld, ld), plain(x, ld), 1.0, x + h * ld, ld);  // the upper part is negated already
-    solve_left_negated(x + h * ld, m, l + h * ld + h, n - h, ld);
-    return;
+  if (n <= leaf) {
+    const LeafInverse inverse(l, n, ld);
+    return replace_by_product(x, ld, n, m, n, -1.0, plain(inverse.at, leaf), plain(x, ld));
   }
-  parallel_ranges(m, leaf, [&](int64_t begin, int64_t end) {
-    for (int64_t i = 0; i < n; i++) {
-      double* row = x + i * ld;
-      const double scale = -1.0 / l[i * ld + i];
-      for (int64_t k = 0; k < i; k++) {
-        const double v = l[i * ld + k];
-        const double* done = x + k * ld;  // holds -solution, hence the plus
-        for (int64_t c = begin; c < end; c++) row[c] += v * done[c];
-      }
-      for (int64_t c = begin; c < end; c++) row[c] *= scale;
-    }
-  });
+  const int64_t h = split(n);
+  solve_left_negated(x, m, l, h, ld);
+  gemm_f64(n - h, m, h, 1.0, plain(l + h * ld, ld), plain(x, ld), 1.0, x + h * ld, ld);  // the upper part is negated already
+  solve_left_negated(x + h * ld, m, l + h * ld + h, n - h, ld);
 }
 
 // The lower triangle of C (n × n) -= A A^T, A (n × k).
@@ -116,18 +111,6 @@ void cholesky_leaf(double* a, int64_t n, int64_t ld) {
       double s = a[i * ld + j];
       for (int64_t k = 0; k < j; k++) s -= a[i * ld + k] * a[j * ld + k];
       a[i * ld + j] = s / d;
-    }
-  }
-}
-
-void invert_leaf(double* l, int64_t n, int64_t ld) {
-  for (int64_t j = 0; j < n; j++) {
-    l[j * ld + j] = 1 / l[j * ld + j];
-    for (int64_t i = j + 1; i < n;
-         i++) {  // rows above i hold the inverse's column j already; row i still holds L, its diagonal too
-      double s = 0;
-      for (int64_t k = j; k < i; k++) s += l[i * ld + k] * l[k * ld + j];
-      l[i * ld + j] = -s / l[i * ld + i];
     }
   }
 }

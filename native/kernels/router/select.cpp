@@ -126,6 +126,20 @@ void count_selections(const int32_t* indices, const std::vector<Sequence>& seque
       if (indices[i] >= 0) counts[int64_t(s) * r.experts + indices[i]]++;
 }
 
+bool pesf_mask(const int32_t* counts, const std::vector<Sequence>& sequences, const RouterSpec& r, double alpha,
+               int64_t min_tokens, uint8_t* keep) {
+  const double threshold = pesf_threshold(r, alpha);
+  bool pruned = false;
+  for (size_t s = 0; s < sequences.size(); s++) {
+    const int64_t tokens = sequences[s].length;
+    for (int64_t i = int64_t(s) * r.experts; i < int64_t(s + 1) * r.experts; i++) {
+      keep[i] = tokens == 1 || tokens < min_tokens || double(counts[i]) * double(r.experts) >= threshold * double(tokens);
+      pruned |= !keep[i];
+    }
+  }
+  return pruned;
+}
+
 void apply_expert_mask(const float* logits, const uint8_t* mask, PruneMode mode, const std::vector<Sequence>& sequences,
                        const RouterSpec& r, float* weights, int32_t* indices) {
   std::vector<float> scores(static_cast<size_t>(2 * r.experts));

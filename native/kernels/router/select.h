@@ -30,6 +30,14 @@ void select_experts(const float* logits, int64_t n, const RouterSpec& r, float* 
 // counts (sequences × experts) = how often each sequence chose each expert.
 void count_selections(const int32_t* indices, const std::vector<Sequence>& sequences, const RouterSpec& r, int32_t* counts);
 
+// PESF's mask (sequences × experts), 1 = kept: an expert stays if at least alpha / experts of the sequence's choices are its own (EAC-MoE, Eq. 6).
+// Sequences shorter than min_tokens, and single tokens, keep all. Returns whether an expert was pruned.
+bool pesf_mask(const int32_t* counts, const std::vector<Sequence>& sequences, const RouterSpec& r, double alpha,
+               int64_t min_tokens, uint8_t* keep);
+// alpha times the chosen experts of a token; an expert is kept if count * experts >= this * tokens. Rounded down a little, so that an expert exactly
+// at the limit stays.
+inline double pesf_threshold(const RouterSpec& r, double alpha) { return double(r.top_k) * alpha * (1 - 0x1p-50); }
+
 // What a token gets when some of its experts are pruned in its sequence (mask (sequences × experts), 1 = kept):
 //   drop         their terms vanish
 //   renormalize  the survivors' weights are scaled to the sum that all had

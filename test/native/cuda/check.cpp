@@ -87,6 +87,13 @@ std::vector<float> normal(size_t n, unsigned seed, float scale) {
   return v;
 }
 
+std::vector<float> repeated_normal(int64_t n, unsigned seed) {
+  const std::vector<float> some = normal(1000003, seed);
+  std::vector<float> v(static_cast<size_t>(n));
+  for (size_t i = 0; i < v.size(); i++) v[i] = some[i % some.size()];
+  return v;
+}
+
 void report(const std::string& name, bool ok, const std::string& what) {
   (ok ? passed : failures)++;
   std::printf("%-8s %-72s %s\n", ok ? "ok" : "MISMATCH", name.c_str(), what.c_str());

@@ -2,6 +2,7 @@
 #pragma once
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <functional>
 #include <random>
 #include <string>
@@ -21,6 +22,8 @@ class Device {
   Context* context = nullptr;
   DeviceInfo info{};
   bool emulated() const { return std::string(info.name) == "emulation"; }
+  // Leave out what takes long: under emulation or compute-sanitizer.
+  bool slow() const { return emulated() || std::getenv("EAC_MOE_TEST_SMALL"); }
 
   // Throws std::runtime_error with the library's message.
   void operator()(Status status) const;
@@ -74,6 +77,8 @@ class Sequences {
 };
 
 std::vector<float> normal(size_t n, unsigned seed, float scale = 1);
+// The same a million at a time, over and over: for arrays that are only timed.
+std::vector<float> repeated_normal(int64_t n, unsigned seed);
 
 // |got - want| <= tolerance * (1 + |want|) for every element, none NaN. Adds a line to the table.
 void close(const std::string& name, const std::vector<float>& got, const std::vector<double>& want, double tolerance);

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
+#include <vector>
 
 #include "emulation.h"
 
@@ -99,6 +101,24 @@ inline int __all_sync(uint32_t m, int vote) {
   return __ballot_sync(m, vote) == live;
 }
 
+template <class T, class F> T reduced(T mine, F f) {
+  const uint32_t live = eac::emulation::live_lanes();
+  const unsigned char* all = eac::emulation::exchange(&mine, sizeof mine);
+  for (int l = 0; l < 32; l++) {
+    T v;
+    std::memcpy(&v, all + l * 64, sizeof v);
+    if (live >> l & 1) mine = f(mine, v);
+  }
+  eac::emulation::leave_exchange();
+  return mine;
+}
+template <class T> T __reduce_max_sync(uint32_t, T v) {
+  return reduced(v, [](T a, T b) { return std::max(a, b); });
+}
+template <class T> T __reduce_min_sync(uint32_t, T v) {
+  return reduced(v, [](T a, T b) { return std::min(a, b); });
+}
+
 // One thread runs at a time.
 template <class T> T exchanged(T* at, T v) {
   const T old = *at;
@@ -130,6 +150,7 @@ inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __float2int_rn(float x) { return int(std::nearbyint(x)); }
 template <class T> T __ldg(const T* p) { return *p; }
+template <class T> T __ldcg(const T* p) { return *p; }
 template <class T> T __ldcs(const T* p) { return *p; }
 template <class A, class B> auto min(A a, B b) { return a < b ? a : b; }
 template <class A, class B> auto max(A a, B b) { return a > b ? a : b; }
@@ -141,8 +162,16 @@ enum { cudaStreamNonBlocking = 1, cudaStreamCaptureModeThreadLocal = 1, cudaDevA
 enum { cudaEventDisableTiming = 2 };
 using cudaStream_t = struct EmulatedStream*;
 using cudaEvent_t = struct EmulatedEvent*;
-using cudaGraph_t = struct EmulatedGraph*;
-using cudaGraphExec_t = struct EmulatedGraph*;
+namespace eac::emulation {
+using Queue = std::vector<std::function<cudaError_t()>>;
+// What has been queued since a capture began, or null.
+extern thread_local Queue* capturing;
+}  // namespace eac::emulation
+struct EmulatedGraph {
+  eac::emulation::Queue queue;
+};
+using cudaGraph_t = EmulatedGraph*;
+using cudaGraphExec_t = EmulatedGraph*;
 struct cudaDeviceProp {
   char name[256];
   int major, minor, multiProcessorCount;
@@ -175,6 +204,7 @@ inline cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
   return cudaSuccess;
 }
 inline cudaError_t cudaMalloc(void** p, size_t n) {
+  if (eac::emulation::capturing) return cudaErrorInvalidValue;
   if (emulated_used + n > emulated_memory()) return cudaErrorMemoryAllocation;
   unsigned char* raw = static_cast<unsigned char*>(std::aligned_alloc(256, (n + 511) / 256 * 256));
   if (!raw) return cudaErrorMemoryAllocation;
@@ -196,22 +226,45 @@ inline cudaError_t cudaFree(void* p) {
 }
 inline cudaError_t cudaMallocHost(void** p, size_t n) { return (*p = std::malloc(n)) ? cudaSuccess : cudaErrorMemoryAllocation; }
 inline cudaError_t cudaFreeHost(void* p) { return std::free(p), cudaSuccess; }
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind, cudaStream_t) {
-  return std::memcpy(to, from, n), cudaSuccess;
+// Done at once, or noted down while a graph is captured.
+inline cudaError_t queue(std::function<cudaError_t()> work) {
+  if (!eac::emulation::capturing) return work();
+  eac::emulation::capturing->push_back(std::move(work));
+  return cudaSuccess;
 }
-inline cudaError_t cudaMemsetAsync(void* p, int v, size_t n, cudaStream_t) { return std::memset(p, v, n), cudaSuccess; }
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind, cudaStream_t) {
+  return queue([=] { return std::memcpy(to, from, n), cudaSuccess; });
+}
+inline cudaError_t cudaMemsetAsync(void* p, int v, size_t n, cudaStream_t) {
+  return queue([=] { return std::memset(p, v, n), cudaSuccess; });
+}
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* s, unsigned) { return *s = nullptr, cudaSuccess; }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+// Not allowed while a graph is captured, as on the GPU.
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return eac::emulation::capturing ? cudaErrorInvalidValue : cudaSuccess; }
 inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned = 0) { return cudaSuccess; }
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* e, unsigned) { return *e = nullptr, cudaSuccess; }
 inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
 inline cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
-// Graphs cannot be emulated: the caller goes on without.
-inline cudaError_t cudaStreamBeginCapture(cudaStream_t, int) { return cudaErrorInvalidValue; }
-inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t*) { return cudaErrorInvalidValue; }
-inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t*, cudaGraph_t, unsigned long long) { return cudaErrorInvalidValue; }
-inline cudaError_t cudaGraphDestroy(cudaGraph_t) { return cudaSuccess; }
-inline cudaError_t cudaGraphLaunch(cudaGraphExec_t, cudaStream_t) { return cudaErrorInvalidValue; }
-inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t) { return cudaSuccess; }
+// A graph is the list of what was queued meanwhile. One capture at a time.
+inline cudaError_t cudaStreamBeginCapture(cudaStream_t, int) {
+  eac::emulation::capturing = new eac::emulation::Queue;
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* g) {
+  *g = new EmulatedGraph{std::move(*eac::emulation::capturing)};
+  delete eac::emulation::capturing;
+  eac::emulation::capturing = nullptr;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* e, cudaGraph_t g, unsigned long long) {
+  return *e = new EmulatedGraph{g->queue}, cudaSuccess;
+}
+inline cudaError_t cudaGraphDestroy(cudaGraph_t g) { return delete g, cudaSuccess; }
+inline cudaError_t cudaGraphLaunch(cudaGraphExec_t g, cudaStream_t) {
+  for (const auto& work : g->queue)
+    if (const cudaError_t status = work(); status != cudaSuccess) return status;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t g) { return delete g, cudaSuccess; }

@@ -1,4 +1,4 @@
-#include "emulation.h"
+#include "cuda_runtime.h"
 
 #include <setjmp.h>
 #include <ucontext.h>
@@ -14,6 +14,9 @@
 #include <vector>
 
 namespace eac::emulation {
+
+thread_local Queue* capturing = nullptr;
+
 namespace {
 
 constexpr size_t stack_bytes = 96 * 1024, slot_bytes = 64;
@@ -103,31 +106,51 @@ std::vector<int> order(int n) {
   return o;
 }
 
-bool release_warps() {
-  bool any = false;
-  for (int w = 0; w < block.count; w += 32) {
-    int waiting = 0, live = 0;
-    const int end = std::min(w + 32, block.count);
-    for (int i = w; i < end; i++) {
-      waiting += block.fibers[size_t(i)]->state == State::at_warp;
-      live += block.fibers[size_t(i)]->state != State::ended;
-    }
-    if (waiting == 0 || waiting < live) continue;
-    for (int i = w; i < end; i++)
-      if (block.fibers[size_t(i)]->state == State::at_warp) block.fibers[size_t(i)]->state = State::ready;
-    any = true;
+// Lets the warp's fibers go on if all of them wait for each other.
+bool release_warp(int w) {
+  int waiting = 0, live = 0;
+  const int end = std::min(w + 32, block.count);
+  for (int i = w; i < end; i++) {
+    waiting += block.fibers[size_t(i)]->state == State::at_warp;
+    live += block.fibers[size_t(i)]->state != State::ended;
   }
-  return any;
+  if (waiting == 0 || waiting < live) return false;
+  for (int i = w; i < end; i++)
+    if (block.fibers[size_t(i)]->state == State::at_warp) block.fibers[size_t(i)]->state = State::ready;
+  return true;
+}
+
+bool run_ready(Fiber& f) {
+  const bool ready = f.state == State::fresh || f.state == State::ready;
+  if (ready) resume(f);
+  return ready;
+}
+
+// Each warp as far as it comes before the next one starts: what lacks a barrier of the block then reads too early.
+bool run_warps(bool backwards) {
+  bool ran = false;
+  const int warps = (block.count + 31) / 32;
+  for (int w = 0; w < warps; w++) {
+    const int first = 32 * (backwards ? warps - 1 - w : w);
+    do {
+      for (int i = first; i < std::min(first + 32, block.count); i++) ran |= run_ready(*block.fibers[size_t(i)]);
+    } while (release_warp(first));
+  }
+  return ran;
+}
+
+bool run_all(const std::vector<int>& sequence) {
+  bool ran = false;
+  for (int i : sequence) ran |= run_ready(*block.fibers[size_t(i)]);
+  for (int w = 0; w < block.count; w += 32) ran |= release_warp(w);
+  return ran;
 }
 
 void run_block(const std::vector<int>& sequence) {
+  const char* how = std::getenv("EAC_EMULATION_ORDER");
+  const bool forwards = how && !std::strcmp(how, "warps"), backwards = how && !std::strcmp(how, "warps-reverse");
   for (;;) {
-    bool ran = false;
-    for (int i : sequence) {
-      Fiber& f = *block.fibers[size_t(i)];
-      if (f.state == State::fresh || f.state == State::ready) resume(f), ran = true;
-    }
-    if (release_warps()) continue;
+    const bool ran = forwards || backwards ? run_warps(backwards) : run_all(sequence);
     int waiting = 0, live = 0;
     for (int i = 0; i < block.count; i++) {
       waiting += block.fibers[size_t(i)]->state == State::at_block;

@@ -12,9 +12,11 @@ struct Grid {
 };
 
 template <auto kernel, class... Args> cudaError_t launch_kernel(cudaStream_t, const Grid& grid, Args... args) {
-  const char* error = emulation::run(grid.blocks, grid.threads, grid.shared, [&] { kernel(args...); });
-  if (error) emulation::last_error = error;
-  return error ? cudaErrorLaunchFailure : cudaSuccess;
+  return queue([=] {
+    const char* error = emulation::run(grid.blocks, grid.threads, grid.shared, [&] { kernel(args...); });
+    if (error) emulation::last_error = error;
+    return error ? cudaErrorLaunchFailure : cudaSuccess;
+  });
 }
 
 template <class T> T* dynamic_shared() { return reinterpret_cast<T*>(emulation::dynamic_memory()); }

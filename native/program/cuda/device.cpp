@@ -1,0 +1,58 @@
+#include "program/cuda/device.h"
+
+namespace eac::cuda {
+
+Stream::Stream(const Table& table) : table_(table) {
+  const Status status = table_.open(0, &context_);
+  if (status == Status::ok) return;
+  const Error error = [&] {
+    try {
+      check(table_, context_, status);
+    } catch (const Error& e) { return e; }
+    return Error("DEVICE", "the GPU cannot be opened");
+  }();
+  if (context_) table_.close(context_);
+  throw error;
+}
+Stream::~Stream() { table_.close(context_); }
+
+std::shared_ptr<void> Gpu::allocate(size_t bytes) {
+  void* memory = nullptr;
+  run([&](const Stream& s) {
+    s(s.table().allocate(s.context(), std::max<size_t>(bytes, 16), &memory));
+    s(s.table().zero(s.context(), memory, bytes));
+  });
+  return std::shared_ptr<void>(memory, table().free);
+}
+void Gpu::to_host(void* host, const void* device, size_t bytes) {
+  run([&](const Stream& s) { s(s.table().download(s.context(), host, device, bytes)); });
+}
+void Gpu::from_host(void* device, const void* host, size_t bytes) {
+  run([&](const Stream& s) { s.upload(device, host, bytes); });
+}
+void Gpu::copy(void* to, const void* from, size_t bytes) {
+  run([&](const Stream& s) { s(s.table().copy(s.context(), to, from, bytes)); });
+}
+
+DeviceInfo Gpu::info() const {
+  DeviceInfo info{};
+  check(table(), nullptr, table().describe(0, &info));
+  return info;
+}
+
+Tensor Gpu::take(const Tensor& t) {
+  if (t.device == this) return t;
+  Tensor copy = Tensor::zeros(t.dtype, t.shape, this);
+  from_host(copy.data, t.data, t.bytes());
+  return copy;
+}
+
+Gpu* gpu(std::string* why) {
+  const Table* table = library(why);
+  if (!table) return nullptr;
+  // Never destroyed: handles may outlive every static object.
+  static Gpu* const found = new Gpu(*table);
+  return found;
+}
+
+}  // namespace eac::cuda

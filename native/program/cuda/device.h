@@ -1,0 +1,60 @@
+// The first GPU: its memory, and streams to work on.
+#pragma once
+#include <mutex>
+
+#include "core/tensor.h"
+#include "program/cuda/library.h"
+
+namespace eac::cuda {
+
+// A context of the library; its functions as methods that throw.
+class Stream {
+ public:
+  explicit Stream(const Table& table);
+  ~Stream();
+  Stream(const Stream&) = delete;
+  const Table& table() const { return table_; }
+  Context* context() const { return context_; }
+  void operator()(Status status) const { check(table_, context_, status); }
+  void synchronize() const { (*this)(table_.synchronize(context_)); }
+  void upload(void* to, const void* from, size_t bytes) const { (*this)(table_.upload(context_, to, from, bytes)); }
+
+ private:
+  const Table& table_;
+  Context* context_ = nullptr;
+};
+
+class Gpu : public Device {
+ public:
+  explicit Gpu(const Table& table) : stream_(table) {}
+  const char* name() const override { return "cuda"; }
+  std::shared_ptr<void> allocate(size_t bytes) override;
+  void to_host(void* host, const void* device, size_t bytes) override;
+  void from_host(void* device, const void* host, size_t bytes) override;
+  void copy(void* to, const void* from, size_t bytes) override;
+
+  const Table& table() const { return stream_.table(); }
+  DeviceInfo info() const;
+  // Runs body(stream) alone on the device's own stream, and waits.
+  template <class F> void run(F&& body) {
+    const std::lock_guard lock(mutex_);
+    body(static_cast<const Stream&>(stream_));
+    stream_.synchronize();
+  }
+  // A copy in the device's memory of any tensor, or the tensor itself if it lies there.
+  Tensor take(const Tensor& t);
+  template <class T> std::shared_ptr<T> upload(const std::vector<T>& v) {
+    auto memory = allocate(v.size() * sizeof(T));
+    from_host(memory.get(), v.data(), v.size() * sizeof(T));
+    return std::static_pointer_cast<T>(memory);
+  }
+
+ private:
+  Stream stream_;
+  std::mutex mutex_;
+};
+
+// Null where there is none; `why` then says so.
+Gpu* gpu(std::string* why = nullptr);
+
+}  // namespace eac::cuda

@@ -1,0 +1,124 @@
+/**
+ * The model on device 'cuda', against the CPU. Runs where EAC_MOE_CUDA names a library: `npm run test:cuda` builds one whose kernels run on the CPU
+ * (test/native/cuda/emulation), or takes the one of the GPU at hand.
+ */
+import { join } from 'node:path';
+import { readFileSync } from 'node:fs';
+import { EacMoeError } from '../../lib/errors';
+import { MoeModel } from '../../lib/model/model';
+import { native } from '../../lib/native';
+import { pruneExperts, pruneReport } from '../../lib/prune/pesf';
+import { quantizeCheckpoint } from '../../lib/quantize';
+import { scratch } from '../checkpoint/helpers';
+import { describeOnCuda } from './helpers';
+
+const bundled = join(__dirname, '../../models/trio-moe-9m');
+const text = readFileSync(join(__dirname, '../../scripts/data/prose.txt'), 'utf8');
+
+function largest(a: Float32Array, b: Float32Array): number {
+  return a.reduce((d, v, i) => Math.max(d, Math.abs(v - b[i]!)), 0);
+}
+
+describeOnCuda("device 'cuda'", () => {
+  const dir = scratch();
+  const quantized = join(dir, 'q3');
+  let ids: number[];
+
+  beforeAll(async () => {
+    using model = await MoeModel.load(bundled, { device: 'cpu' });
+    ids = model.tokenizer.encode(text).slice(0, 48);
+    await quantizeCheckpoint(bundled, {
+      output: quantized,
+      bits: 3,
+      method: 'rtn',
+      router: false,
+      device: 'cpu',
+    });
+  });
+
+  test.each(['float32', 'int8'] as const)('quantized weights, activations %s', async (activations) => {
+    using cpu = await MoeModel.load(quantized, { device: 'cpu', activations: 'float32' });
+    using gpu = await MoeModel.load(quantized, { device: 'cuda', activations });
+    expect(gpu.device).toBe('cuda');
+    const [a, b] = [(await cpu.forward(ids)).logits, (await gpu.forward(ids)).logits];
+    const scale = Math.sqrt(a.reduce((sum, v) => sum + v * v, 0) / a.length);
+    expect(largest(a, b) / scale).toBeLessThan(activations === 'float32' ? 2e-4 : 0.1);
+  });
+
+  test('a recorded decode step gives what a fresh one gives', async () => {
+    using model = await MoeModel.load(quantized, { device: 'cuda', activations: 'float32' });
+    const pieces = model.generate(ids, { maxNewTokens: 12, ignoreEos: true, temperature: 0 });
+    let result = await pieces.next();
+    while (!result.done) result = await pieces.next();
+    const generated = [...result.value.ids];
+    const { logits } = await model.forward([...ids, ...generated]);
+    const { vocabSize } = model.architecture;
+    for (const [i, id] of generated.entries()) {
+      const row = logits.subarray((ids.length - 1 + i) * vocabSize, (ids.length + i) * vocabSize);
+      expect(row.indexOf(row.reduce((x, y) => Math.max(x, y)))).toBe(id);
+    }
+  });
+
+  test('PESF prunes what it prunes on the CPU', async () => {
+    const reports = [];
+    for (const device of ['cpu', 'cuda'] as const) {
+      using model = await MoeModel.load(quantized, { device, activations: 'float32' });
+      using pruned = pruneExperts(model, { alpha: 0.7 });
+      await pruned.forward(ids);
+      reports.push(pruneReport(pruned));
+    }
+    expect(reports[1]).toEqual(reports[0]);
+    expect(reports[0]!.experts).toBeGreaterThan(0);
+  });
+
+  test('experts that do not fit are staged from the host, with the same result', async () => {
+    using whole = await MoeModel.load(quantized, { device: 'cuda' });
+    const { message } = (await MoeModel.load(quantized, { device: 'cuda', gpuMemory: 1000 }).catch(
+      (e: unknown) => e,
+    )) as EacMoeError;
+    const [least] = /needs at least ([\d.]+) GB/.exec(message)!.slice(1).map(Number) as [number];
+    expect(message).toContain('it may use 0.00 GB');
+    // Just above what is needed: two layers' places, and not all four layers.
+    using staged = await MoeModel.load(quantized, { device: 'cuda', gpuMemory: (least + 0.01) * 1e9 });
+    for (let run = 0; run < 2; run++) {
+      expect((await staged.forward(ids)).logits).toEqual((await whole.forward(ids)).logits);
+    }
+  });
+
+  test('tensors of the device are read, written and refused like others', async () => {
+    const api = native();
+    const t = api.zeros('f32', [2, 3], 'cuda');
+    expect(t.device).toBe('cuda');
+    expect([...t.toArray()]).toEqual([0, 0, 0, 0, 0, 0]);
+    t.write(Float32Array.of(1, 2, 3, 4, 5, 6));
+    expect([...t.rows(1, 2).toArray()]).toEqual([4, 5, 6]);
+    expect(() => api.cast(t, 'bf16')).toThrow('lies on cuda');
+    await expect(async () => api.gatherRows(t, Int32Array.of(0), api.zeros('f32', [1, 3]))).rejects.toThrow(
+      'different devices',
+    );
+    t.dispose();
+  });
+});
+
+describeOnCuda("calibration on device 'cuda'", () => {
+  const dir = scratch();
+  const calibration = [text.slice(0, 4000)];
+
+  test('QESC comes to the errors that it comes to on the CPU', async () => {
+    const reports = [];
+    for (const device of ['cpu', 'cuda'] as const) {
+      const output = join(dir, device);
+      const options = { bits: 3, calibration, samples: 2, seqLen: 96, minExpertTokens: 16, device } as const;
+      reports.push(await quantizeCheckpoint(bundled, { ...options, output }));
+    }
+    const [cpu, cuda] = reports as [(typeof reports)[0], (typeof reports)[0]];
+    for (const [i, layer] of cuda.layers.entries()) {
+      for (const [kind, error] of Object.entries(layer.errors)) {
+        expect(Math.abs(error / cpu.layers[i]!.errors[kind]! - 1)).toBeLessThan(0.05);
+      }
+      const [a, b] = [layer.router!, cpu.layers[i]!.router!];
+      expect(Math.abs(a.lossBefore / b.lossBefore - 1)).toBeLessThan(0.1);
+      expect(a.lossAfter).toBeLessThan(a.lossBefore);
+    }
+  });
+});
