@@ -54,9 +54,9 @@ template <int rows> using Sums = float[warp_panels][rows / 8][4];
 template <int half, int rows, int planes> __device__ __forceinline__ void multiply_half(const uint32_t (&a)[warp_panels][2][4],
                                                                                         const unsigned char* stage,
                                                                                         Sums<rows>& sums) {
-  constexpr int step = planes == 2 || rows == 16 ? 2 : 4;  // times two panels: so many products are independent of each other
+  constexpr int step = rows == 16 ? 2 : 4;  // times two panels: so many products are independent of each other
   const int lane = threadIdx.x % 32;
-#pragma unroll
+#pragma unroll 1  // unrolled, two planes need more registers than there are
   for (int plane = 0; plane < planes; plane++)
 #pragma unroll
     for (int first = 0; first < rows / 8; first += step) {
