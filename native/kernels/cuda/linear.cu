@@ -4,10 +4,14 @@
 //             tensor cores (tiles.cu; f32 and f16 weights on the CUDA cores, scalar.cu), the inputs split into bf16 planes before.
 #include "kernels/cuda/linear.cuh"
 
+#include <algorithm>
+
 #include "kernels/cuda/stream.cuh"
 
 namespace eac::cuda {
 namespace {
+
+constexpr int64_t most_rows = 16384;  // at a time: bounds the scratch memory
 
 __global__ void add_slices_kernel(const float* parts, int64_t slices, int64_t n, bool add, float* out) {
   const int64_t i = global_thread();
@@ -64,9 +68,14 @@ void multiply_many(Context& c, const Linear& l) {
 
 }  // namespace
 
-void linear(Context& c, const Linear& l) {
-  if (l.n == 0 || l.weight.rows == 0) return;
-  l.n <= few_rows ? multiply_few(c, l) : multiply_many(c, l);
+void linear(Context& c, const Linear& all) {
+  if (all.weight.rows == 0) return;
+  for (int64_t first = 0; first < all.n; first += most_rows) {
+    Linear l = all;
+    l.n = std::min(most_rows, all.n - first);
+    l.x += first * l.weight.cols, l.out += first * l.weight.rows;
+    l.n <= few_rows ? multiply_few(c, l) : multiply_many(c, l);
+  }
 }
 
 }  // namespace eac::cuda

@@ -136,20 +136,16 @@ __device__ __forceinline__ void multiply(const Job& j, const Stream& s, Totals<t
   };
   for (int i = 0; i < U::slots - 1; i++) copy(i, first + i * parts);
   const Inputs<tiles, exact> inputs(s.in, j.row, s.n, lane);
-  uint4 next[tiles][2];
-  if (first < end) inputs.load(first, next);
-  int slot = 0, free = U::slots - 1;
+  uint4 b[tiles][2];
+  if (first < end) inputs.load(first, b);
+  int slot = 0;
   for (int unit = first; unit < end; unit += parts) {
-    uint4 b[tiles][2];
-#pragma unroll
-    for (int t = 0; t < tiles; t++) b[t][0] = next[t][0], b[t][1] = next[t][1];
-    if (unit + parts < end) inputs.load(unit + parts, next);
     copy_wait<U::slots - 2>();
     __syncwarp();  // every lane's copies are here, and every lane is done with the slot that is filled next
-    copy(free, unit + parts * (U::slots - 1));
+    copy(slot == 0 ? U::slots - 1 : slot - 1, unit + parts * (U::slots - 1));
 #pragma unroll
     for (int p = 0; p < panels; p++) multiply_unit<bits, groups, tiles>(units, slot, p, b, totals[p]);
-    free = slot;
+    if (unit + parts < end) inputs.load(unit + parts, b);  // other warps work meanwhile
     slot = slot + 1 == U::slots ? 0 : slot + 1;
   }
 }

@@ -27,8 +27,7 @@ template <int rows, int planes> class RowCopies {
       : in_(p.in), chunk_(threadIdx.x % 8), row_(threadIdx.x / 8) {
     for (int i = 0; i < count; i++) {
       const int row = row_ + i * 32;
-      valid_[i] = row < t.rows;
-      offset_[i] = valid_[i] ? input_row(p, t.pair + row) * in_.stride + chunk_ * 8 : 0;
+      from_[i] = row < t.rows ? input_row(p, t.pair + row) * in_.stride + chunk_ * 8 : -1;
     }
   }
   __device__ __forceinline__ void copy(unsigned char* stage, int unit) const {
@@ -36,9 +35,9 @@ template <int rows, int planes> class RowCopies {
     for (int i = 0; i < count; i++) {
       const int row = row_ + i * 32;
       if (rows < 32 && row >= rows) continue;
-      const int64_t at = offset_[i] + (valid_[i] ? unit * unit_cols : 0);
-      copy_async(stage + swizzled(row, chunk_), in_.high + at, valid_[i]);
-      if (planes == 2) copy_async(stage + rows * 128 + swizzled(row, chunk_), in_.low + at, valid_[i]);
+      const int64_t at = from_[i] < 0 ? 0 : from_[i] + unit * unit_cols;
+      copy_async(stage + swizzled(row, chunk_), in_.high + at, from_[i] >= 0);
+      if (planes == 2) copy_async(stage + rows * 128 + swizzled(row, chunk_), in_.low + at, from_[i] >= 0);
     }
   }
 
@@ -46,8 +45,7 @@ template <int rows, int planes> class RowCopies {
   static constexpr int count = rows < 32 ? 1 : rows / 32;
   Planes in_;
   int chunk_, row_;
-  bool valid_[count];
-  int64_t offset_[count];
+  int64_t from_[count];  // in the planes; -1: none
 };
 
 template <int rows> using Sums = float[warp_panels][rows / 8][4];
@@ -56,9 +54,9 @@ template <int rows> using Sums = float[warp_panels][rows / 8][4];
 template <int half, int rows, int planes> __device__ __forceinline__ void multiply_half(const uint32_t (&a)[warp_panels][2][4],
                                                                                         const unsigned char* stage,
                                                                                         Sums<rows>& sums) {
-  constexpr int step = rows / 8 < 4 ? rows / 8 : 4;  // so many products are independent of each other
+  constexpr int step = rows == 16 ? 2 : 4;  // times two panels: so many products are independent of each other
   const int lane = threadIdx.x % 32;
-#pragma unroll
+#pragma unroll 1  // unrolled, two planes need more registers than there are
   for (int plane = 0; plane < planes; plane++)
 #pragma unroll
     for (int first = 0; first < rows / 8; first += step) {
