@@ -1,6 +1,6 @@
 // Dense weights times at most 8 rows, in f32: decoding, the router's logits, the head of the vocabulary.
 //
-// METHOD      A warp has 4 channels: every lane reads 16 bytes of each, and the rows' inputs, which stay in the L1, serve all four. A sum over
+// METHOD      A warp has 4 channels (2 of 8 rows): every lane reads 16 bytes of each, and the rows' inputs, which stay in the L1, serve all. A sum over
 //             the lanes ends it. Where channels are few a block's warps share one instead.
 // BOUND       Memory: the weights once. At least 64 bytes a lane are under way at a time, 32 KB an SM at 16 warps.
 #include "kernels/cuda/linear.cuh"
@@ -88,13 +88,15 @@ template <Storage s, int rows, int channels, bool aligned> __global__ __launch_b
 template <Storage s, int rows> void launch_rows(Context& c, const Linear& l) {
   const int64_t vector = s == Storage::f32 ? 4 : 8;
   const bool aligned = l.weight.cols % vector == 0 && (uintptr_t(l.weight.data) | uintptr_t(l.x)) % 16 == 0;
-  const int64_t blocks = ceil_div<int64_t>(l.weight.rows, 4 * warps);
+  constexpr int channels = rows == 8 ? 2 : 4;  // by the registers there are
+  const int64_t blocks = ceil_div<int64_t>(l.weight.rows, channels * warps);
   if (blocks < 4 * c.multiprocessors) {
     const Grid grid{dim3(unsigned(l.weight.rows)), dim3(warps * 32)};
     aligned ? launch<gemv_kernel<s, rows, 1, true>>(c, grid, l) : launch<gemv_kernel<s, rows, 1, false>>(c, grid, l);
   } else {
     const Grid grid{dim3(unsigned(blocks)), dim3(warps * 32)};
-    aligned ? launch<gemv_kernel<s, rows, 4, true>>(c, grid, l) : launch<gemv_kernel<s, rows, 4, false>>(c, grid, l);
+    aligned ? launch<gemv_kernel<s, rows, channels, true>>(c, grid, l)
+            : launch<gemv_kernel<s, rows, channels, false>>(c, grid, l);
   }
 }
 
