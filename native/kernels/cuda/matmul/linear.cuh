@@ -1,0 +1,11 @@
+// The parts of `linear` that files of their own hold.
+#pragma once
+#include "kernels/cuda/matmul/product.cuh"
+
+namespace eac::cuda {
+
+inline constexpr int64_t few_rows = 8;
+// gemv.cu: dense weights, n <= few_rows.
+void multiply_few_dense(Context& c, const Linear& l);
+
+}  // namespace eac::cuda

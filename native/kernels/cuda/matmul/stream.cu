@@ -1,0 +1,295 @@
+// See stream.cuh.
+//
+// METHOD      The rows are columns of one operand b of mma_bf16: 8 fast ones, or 4 exact ones as pairs of planes. A block has 64 channels (32 of
+//             gate and up each), half of its warps each half of them; four warps share the units of two panels. A warp copies its units
+//             through a ring in shared memory of its own, so that no warp waits for another before the sums are added. Inputs come from
+//             the L1, where blocks of the same slice find them again.
+// BOUND       Memory: codes and params once. Under way are 5 KB a warp, 24 warps an SM. To dequantize a unit of 1024 weights and multiply takes
+//             about 60 instructions a warp.
+#include "kernels/cuda/matmul/stream.cuh"
+
+#include <algorithm>
+
+namespace eac::cuda {
+namespace {
+
+constexpr int threads = 256, parts = 4, panels = 2, block_channels = 64, ring_bytes = 6 * 1024;
+
+// What a block multiplies.
+struct Job {
+  Weight weight;       // of this warp
+  int64_t panel, row;  // row: of the input's planes
+  int begin, end;      // units
+};
+
+// The inputs that a lane gives to the operand b of a unit.
+template <int tiles, bool exact> class Inputs {
+ public:
+  __device__ __forceinline__ Inputs(const Planes& in, int64_t row, int64_t n, int lane) {
+    const int column = lane / 4;
+    for (int t = 0; t < tiles; t++) {
+      const int64_t token = exact ? t * 4 + column / 2 : t * 8 + column;
+      const uint16_t* plane = exact && column % 2 ? in.low : in.high;
+      at_[t] = token < n ? plane + (row + token) * in.stride + lane % 4 * 16 : nullptr;
+    }
+  }
+  __device__ __forceinline__ void load(int unit, uint4 (&b)[tiles][2]) const {
+#pragma unroll
+    for (int t = 0; t < tiles; t++)
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+        b[t][half] = at_[t] ? *reinterpret_cast<const uint4*>(at_[t] + unit * unit_cols + half * 8) : make_uint4(0, 0, 0, 0);
+  }
+
+ private:
+  const uint16_t* at_[tiles];
+};
+
+// A warp's units on their way through its part of the shared memory. groups: of a unit, 1 or 2.
+template <int bits, int groups> class Units {
+ public:
+  __device__ __forceinline__ Units(const Job& j, unsigned char* memory, int lane) : memory_(memory), lane_(lane) {
+    const int64_t units = units_of(j.weight.cols), last = panels_of(j.weight.rows) - 1;
+    const uint32_t halves = uint32_t(halves_of_group(j.weight));
+    group_of_half_ = (1u << 31) / halves + 1;
+    last_group_ = int(groups_of(j.weight.cols, j.weight.group_size)) - 1;
+    // Padding repeats the last panel, in vain.
+    for (int i = 0; i < copies; i++)
+      codes_[i] = static_cast<const unsigned char*>(j.weight.data) +
+                  min(j.panel + chunk(i) / panel_chunks, last) * units * unit_bytes(bits) + chunk(i) % panel_chunks * 16;
+    params_ = reinterpret_cast<const unsigned char*>(params_of(j.weight, min(j.panel + lane / (4 * groups) % panels, last), 0)) +
+              lane % 4 * 16;
+  }
+  __device__ __forceinline__ void copy(int slot, int unit) const {
+    unsigned char* to = memory_ + slot * slot_bytes;
+#pragma unroll
+    for (int i = 0; i < copies; i++)
+      if (chunk(i) < panels * panel_chunks) copy_async(to + chunk(i) * 16, codes_[i] + int64_t(unit) * unit_bytes(bits));
+    if (lane_ < panels * groups * 4) {
+      // half / halves_of_group, exact while (2 units)^2 < 2^31
+      const int group = int(uint64_t(unit * 2 + lane_ / 4 % groups) * group_of_half_ >> 31);
+      copy_async(to + panels * unit_bytes(bits) + lane_ * 16, params_ + min(group, last_group_) * 64);
+    }
+  }
+  __device__ __forceinline__ Codes<bits> codes(int slot, int panel) const {
+    Codes<bits> c;
+    c.load_shared(memory_ + slot * slot_bytes + panel * unit_bytes(bits), lane_);
+    return c;
+  }
+  __device__ __forceinline__ GroupParams params(int slot, int panel, int group) const {
+    const unsigned char* at = memory_ + slot * slot_bytes + panels * unit_bytes(bits) + (panel * groups + group) * 64;
+    return GroupParams(reinterpret_cast<const uint2*>(at)[lane_ / 4]);
+  }
+
+  static constexpr int slot_bytes = panels * (unit_bytes(bits) + groups * 64);
+  static constexpr int slots = ring_bytes / slot_bytes;
+
+ private:
+  static constexpr int panel_chunks = unit_bytes(bits) / 16, copies = (panels * panel_chunks + 31) / 32;
+  __device__ __forceinline__ int chunk(int i) const { return lane_ + i * 32; }
+
+  unsigned char* memory_;
+  int lane_, last_group_;
+  uint32_t group_of_half_;
+  const unsigned char *codes_[copies], *params_;
+};
+
+template <int tiles> using Totals = float[panels][tiles][4];
+
+// totals += one panel's unit times the inputs.
+template <int bits, int groups, int tiles>
+__device__ __forceinline__ void multiply_unit(const Units<bits, groups>& units, int slot, int panel, const uint4 (&b)[tiles][2],
+                                              float (&totals)[tiles][4]) {
+  const Codes<bits> codes = units.codes(slot, panel);
+  const GroupParams first = units.params(slot, panel, 0), second = units.params(slot, panel, groups - 1);
+  float sums[tiles][groups][4] = {};
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    uint32_t a[2][4];
+    if (half == 0)
+      operand<bits, 0>(codes, first, a[0]), operand<bits, 4>(codes, first, a[1]);
+    else
+      operand<bits, 8>(codes, second, a[0]), operand<bits, 12>(codes, second, a[1]);
+#pragma unroll
+    for (int t = 0; t < tiles; t++) {
+      mma_bf16(sums[t][half % groups], a[0], {b[t][half].x, b[t][half].y});
+      mma_bf16(sums[t][half % groups], a[1], {b[t][half].z, b[t][half].w});
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < tiles; t++)
+#pragma unroll
+    for (int d = 0; d < 4; d++) {
+      totals[t][d] += first.scale[d / 2] * sums[t][0][d];
+      if (groups == 2) totals[t][d] += second.scale[d / 2] * sums[t][groups - 1][d];
+    }
+}
+
+template <int bits, int groups, int tiles, bool exact>
+__device__ __forceinline__ void multiply(const Job& j, const Stream& s, Totals<tiles>& totals) {
+  using U = Units<bits, groups>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = j.begin + warp % parts, end = j.end;
+  const U units(j, dynamic_shared<unsigned char>() + warp * ring_bytes, lane);
+  const auto copy = [&](int slot, int unit) {
+    if (unit < end) units.copy(slot, unit);
+    copy_commit();  // also an empty one: the wait counts groups
+  };
+  for (int i = 0; i < U::slots - 1; i++) copy(i, first + i * parts);
+  const Inputs<tiles, exact> inputs(s.in, j.row, s.n, lane);
+  uint4 b[tiles][2];
+  if (first < end) inputs.load(first, b);
+  int slot = 0;
+  for (int unit = first; unit < end; unit += parts) {
+    copy_wait<U::slots - 2>();
+    __syncwarp();  // every lane's copies are here, and every lane is done with the slot that is filled next
+    copy(slot == 0 ? U::slots - 1 : slot - 1, unit + parts * (U::slots - 1));
+#pragma unroll
+    for (int p = 0; p < panels; p++) multiply_unit<bits, groups, tiles>(units, slot, p, b, totals[p]);
+    if (unit + parts < end) inputs.load(unit + parts, b);  // other warps work meanwhile
+    slot = slot + 1 == U::slots ? 0 : slot + 1;
+  }
+}
+
+struct Spot {
+  int chosen, channel, slice;  // chosen: number of the expert among those that are, `most` for the shared one
+};
+__device__ __forceinline__ const Expert* expert_of(const Stream& s, const Spot& at) {
+  return s.list + (at.chosen < s.most ? s.chosen[1 + at.chosen] : s.routed);
+}
+
+// Blocks of gate_up: up to the end of the last unit, whose padding they write.
+__host__ __device__ inline int hidden_blocks(int64_t channels) {
+  return int(units_of(channels) * unit_cols / (block_channels / 2));
+}
+
+// False: the expert is not there.
+__device__ __forceinline__ bool find_job(const Stream& s, Spot& at, Job& j) {
+  const int half = int(threadIdx.x) / 32 / parts, b = int(blockIdx.x), slices = int(s.slices), most = int(s.most);
+  int part = int(blockIdx.y), cut = slices;
+  at = {0, b * block_channels, part};
+  j.row = 0;
+  if (s.role == Role::gate_up) {
+    const int blocks = hidden_blocks(s.channels);  // of a routed expert
+    at.chosen = min(b / blocks, most);
+    at.channel = (b - at.chosen * blocks) * (block_channels / 2);
+  } else if (s.role == Role::down) {
+    at.chosen = min(part / slices, most);
+    part -= at.chosen * slices;
+    if (at.chosen == most) cut = int(s.shared_slices);
+    j.row = at.chosen * s.n;
+  }
+  if (s.role == Role::plain) {
+    j.weight = s.weight;
+  } else {
+    if (at.chosen < most && at.chosen >= s.chosen[0]) return false;
+    const Expert* e = expert_of(s, at);
+    j.weight = s.role == Role::down ? e->down : half ? e->up : e->gate;
+  }
+  const int units = int(units_of(j.weight.cols));
+  j.panel = at.channel / unit_rows + (s.role == Role::gate_up ? 0 : half * panels);
+  j.begin = int(int64_t(units) * part / cut), j.end = int(int64_t(units) * (part + 1) / cut);
+  return true;
+}
+
+// Sums of the block's channels: of four warps, in order.
+struct Results {
+  float sums[threads / 32][panels * unit_rows][stream_rows + 1];
+
+  template <int tiles, bool exact> __device__ __forceinline__ void put(const Totals<tiles>& totals) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = lane % 4;
+#pragma unroll
+    for (int i = 0; i < panels; i++)
+#pragma unroll
+      for (int t = 0; t < tiles; t++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+          float* row = sums[warp][i * unit_rows + r * 8 + lane / 4];
+          const float first = totals[i][t][r * 2], second = totals[i][t][r * 2 + 1];
+          if (exact)
+            row[t * 4 + c] = first + second;
+          else
+            row[t * 8 + c * 2] = first, row[t * 8 + c * 2 + 1] = second;
+        }
+  }
+  __device__ __forceinline__ float get(int half, int channel, int row) const {
+    float v = 0;
+    for (int i = 0; i < parts; i++) v += sums[half * parts + i][channel][row];
+    return v;
+  }
+};
+
+__device__ __forceinline__ void store_hidden(const Stream& s, const Spot& at, const Results& r) {
+  constexpr int width = block_channels / 2;
+  const Expert* expert = expert_of(s, at);
+  const int64_t channels = at.chosen < s.most ? s.channels : s.shared_channels;
+  for (int i = threadIdx.x; i < width * s.n; i += threads) {
+    const int row = i / width, k = i % width;
+    const int64_t channel = at.channel + k;
+    const float factor = s.factor[at.chosen * s.n + row];
+    float v = 0;  // also the padding, and what no token chose
+    if (channel < channels && factor != 0) {
+      const float gate = r.get(0, k, row) + (expert->gate_bias ? expert->gate_bias[channel] : 0.f);
+      const float up = r.get(1, k, row) + (expert->up_bias ? expert->up_bias[channel] : 0.f);
+      v = glu_value(s.activation, gate, up) * factor;
+    }
+    if (channel < units_of(channels) * unit_cols) store_split(s.hidden, at.chosen * s.n + row, channel, v);
+  }
+}
+
+__device__ __forceinline__ void store_out(const Stream& s, const Spot& at, const Results& r) {
+  for (int i = threadIdx.x; i < block_channels * s.n; i += threads) {
+    const int row = i / block_channels, k = i % block_channels;
+    const int64_t channel = at.channel + k;
+    if (channel >= s.channels) continue;
+    float v = r.get(k / (panels * unit_rows), k % (panels * unit_rows), row);
+    if (s.bias && at.slice == 0) v += load_float(s.bias_storage, s.bias, channel);
+    float* to = s.out + (at.slice * s.n + row) * s.channels + channel;
+    *to = s.add ? *to + v : v;
+  }
+}
+
+template <int tiles, bool exact> __global__ __launch_bounds__(threads, tiles == 1 ? 3 : 2) void stream_kernel(Stream s) {
+  Spot at;
+  Job j;
+  if (!find_job(s, at, j)) return;
+  Totals<tiles> totals = {};
+  const Weight& w = j.weight;
+  const bool whole = halves_of_group(w) % 2 == 0;
+  if (w.bits == 2) whole ? multiply<2, 1, tiles, exact>(j, s, totals) : multiply<2, 2, tiles, exact>(j, s, totals);
+  if (w.bits == 3) whole ? multiply<3, 1, tiles, exact>(j, s, totals) : multiply<3, 2, tiles, exact>(j, s, totals);
+  if (w.bits == 4) whole ? multiply<4, 1, tiles, exact>(j, s, totals) : multiply<4, 2, tiles, exact>(j, s, totals);
+  Results& results = *dynamic_shared<Results>();
+  __syncthreads();  // the last units have been read
+  results.put<tiles, exact>(totals);
+  __syncthreads();
+  if (s.role == Role::gate_up)
+    store_hidden(s, at, results);
+  else
+    store_out(s, at, results);
+}
+
+}  // namespace
+
+int64_t stream_slices(const Context& c, int64_t products, int64_t channels, int64_t cols) {
+  const int64_t blocks = products * ceil_div<int64_t>(channels, block_channels), wanted = 4 * c.multiprocessors / blocks;
+  return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, units_of(cols) / (4 * parts)));
+}
+
+void multiply_stream(Context& c, const Stream& s) {
+  dim3 blocks;
+  if (s.role == Role::gate_up) {
+    blocks.x = unsigned(s.most * hidden_blocks(s.channels) + (s.shared ? hidden_blocks(s.shared_channels) : 0));
+  } else {
+    blocks.x = unsigned(ceil_div<int64_t>(s.channels, block_channels));
+    blocks.y = unsigned(s.role == Role::plain ? s.slices : s.most * s.slices + (s.shared ? s.shared_slices : 0));
+  }
+  const Grid grid{blocks, dim3(threads), ring_bytes * (threads / 32)};
+  if (!s.in.low)
+    launch<stream_kernel<1, false>>(c, grid, s);
+  else if (s.n <= stream_rows / 2)
+    launch<stream_kernel<1, true>>(c, grid, s);
+  else
+    launch<stream_kernel<2, true>>(c, grid, s);
+}
+
+}  // namespace eac::cuda
