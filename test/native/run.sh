@@ -17,7 +17,7 @@ build "$out" address
 export ASAN_OPTIONS=detect_leaks=1:strict_string_checks=1:detect_stack_use_after_return=1
 export UBSAN_OPTIONS=print_stacktrace=1
 export LSAN_OPTIONS=suppressions=$PWD/test/native/lsan.supp:print_suppressions=0
-ctest --test-dir "$out" --output-on-failure --no-tests=error
+ctest --test-dir "$out" --parallel "$(nproc)" --output-on-failure --no-tests=error
 
 # Stock node is not instrumented: the sanitizer's runtime and the C++ runtime whose exceptions it watches come first.
 preload="$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libstdc++.so.6)"
