@@ -61,7 +61,7 @@ test('tables, as text and as Markdown', () => {
   expect(text.stdout).toMatch(/^64,64,8,2 +1 +64 +4 +0\.7 +\d/m);
   const { status, stdout } = run(...few, '--markdown');
   expect(status).toBe(0);
-  expect(stdout).toMatch(/^\| norm \| 64,64,8,2 \| tokens 64 \| 1 \|/m);
+  expect(stdout).toMatch(/^\| norm \| 64,64,8,2 \| norm rms, tokens 64 \| 1 \|/m);
   expect(stdout).toMatch(/^\| 64,64,8,2 \| 1 \| 64 \| 4 \| 0\.3 \|/m);
 });
 
