@@ -145,7 +145,8 @@ describe('runBench', () => {
       expect(r.time.min).toBeLessThanOrEqual(r.time.median);
       expect(r.time.median).toBeLessThanOrEqual(r.time.p90);
       expect(r.operations).toBe(2 * 3 * 64 * 96 * 2 * Number(r.parameters.tokens));
-      expect(r.boundShare).toBeCloseTo(Math.max(r.bandwidthShare, r.throughputShare), 12);
+      // the longer of the two in each turn, so its median is never below either's
+      expect(r.boundShare).toBeGreaterThanOrEqual(Math.max(r.bandwidthShare, r.throughputShare));
     }
     expect(messages).toContain('experts, 64,96,8,2: tokens 16, bits 2');
     const text = textReport(report);
