@@ -12,6 +12,7 @@ import type {
   Activations,
   Device,
   DType,
+  GpuInfo,
   HessianFactor,
   Matrix,
   NumericArray,
@@ -36,6 +37,7 @@ export type {
   DType,
   Frame,
   GptqTensors,
+  GpuInfo,
   HessianFactor,
   KvCache,
   MachineRates,
@@ -59,9 +61,7 @@ export function cpuInfo(): { version: string; isa: string; isas: string[] } {
 }
 
 /** The GPU that device 'cuda' stands for, or why there is none. Looks for the CUDA library and a device on the first call (docs/cuda.md). */
-export function gpuInfo():
-  | { available: true; name: string; computeCapability: string; totalMemory: number; freeMemory: number }
-  | { available: false; why: string } {
+export function gpuInfo(): GpuInfo {
   return native().cuda();
 }
 

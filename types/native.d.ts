@@ -310,6 +310,11 @@ export interface Frame {
   dispose(): void;
 }
 
+/** A GPU, memory in bytes; or why there is none. */
+export type GpuInfo =
+  | { available: true; name: string; computeCapability: string; totalMemory: number; freeMemory: number }
+  | { available: false; why: string };
+
 /** What this machine can do (native/kernels/bench/limits.h). */
 export interface MachineRates {
   /** Bytes a second read from memory, four streams a thread. */
@@ -324,9 +329,7 @@ export interface NativeBinding {
   /** e.g. { version: '0.1.0', isa: 'avx512', isas: ['baseline', 'avx2', 'avx512'] } */
   info(): { version: string; isa: string; isas: string[] };
   /** The GPU that `cuda` stands for. Looks for the library and the device on the first call. */
-  cuda():
-    | { available: true; name: string; computeCapability: string; totalMemory: number; freeMemory: number }
-    | { available: false; why: string };
+  cuda(): GpuInfo;
   setIsa(name: string): void;
   threads(): number;
   setThreads(n: number): void;

@@ -52,10 +52,10 @@ Napi::Value js_random_matrix(Info info) {
 
 }  // namespace
 
-void define_bench(Napi::Env env, Napi::Object exports) {
-  exports["limitBuffer"] = Napi::Function::New(env, exported<js_limit_buffer>, "limitBuffer");
-  exports["limitPass"] = Napi::Function::New(env, exported<js_limit_pass>, "limitPass");
-  exports["randomMatrix"] = Napi::Function::New(env, exported<js_random_matrix>, "randomMatrix");
+void define_bench(Napi::Object exports) {
+  define<js_limit_buffer>(exports, "limitBuffer");
+  define<js_limit_pass>(exports, "limitPass");
+  define<js_random_matrix>(exports, "randomMatrix");
 }
 
 }  // namespace eac::addon

@@ -174,17 +174,16 @@ Napi::Value js_top_rows(Info info) {
 
 }  // namespace
 
-void define_calibration(Napi::Env env, Napi::Object exports) {
-  const auto add = [&](const char* name, Napi::Value (*f)(Info)) { exports[name] = Napi::Function::New(env, f, name); };
-  add("gatherRows", exported<gather_rows>);
-  add("accumulateHessian", exported<js_accumulate_hessian>);
-  add("accumulateCross", exported<js_accumulate_cross>);
-  add("factorHessian", exported<js_factor_hessian>);
-  add("twoStreamTarget", exported<js_two_stream_target>);
-  add("quantizeGptq", exported<js_quantize_gptq>);
-  add("calibrateRouter", exported<js_calibrate_router>);
-  add("roundRouter", exported<js_round_router>);
-  add("topRows", exported<js_top_rows>);
+void define_calibration(Napi::Object exports) {
+  define<gather_rows>(exports, "gatherRows");
+  define<js_accumulate_hessian>(exports, "accumulateHessian");
+  define<js_accumulate_cross>(exports, "accumulateCross");
+  define<js_factor_hessian>(exports, "factorHessian");
+  define<js_two_stream_target>(exports, "twoStreamTarget");
+  define<js_quantize_gptq>(exports, "quantizeGptq");
+  define<js_calibrate_router>(exports, "calibrateRouter");
+  define<js_round_router>(exports, "roundRouter");
+  define<js_top_rows>(exports, "topRows");
 }
 
 }  // namespace eac::addon

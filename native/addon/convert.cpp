@@ -61,10 +61,10 @@ Napi::Value js_decode_mxfp4(Info info) {
 
 }  // namespace
 
-void define_convert(Napi::Env env, Napi::Object exports) {
-  exports["copyPart"] = Napi::Function::New(env, exported<js_copy_part>, "copyPart");
-  exports["decodeFp8"] = Napi::Function::New(env, exported<js_decode_fp8>, "decodeFp8");
-  exports["decodeMxfp4"] = Napi::Function::New(env, exported<js_decode_mxfp4>, "decodeMxfp4");
+void define_convert(Napi::Object exports) {
+  define<js_copy_part>(exports, "copyPart");
+  define<js_decode_fp8>(exports, "decodeFp8");
+  define<js_decode_mxfp4>(exports, "decodeMxfp4");
 }
 
 }  // namespace eac::addon

@@ -185,10 +185,14 @@ template <Napi::Value (*f)(Info)> Napi::Value exported(Info info) {
   return guarded(info.Env(), [&] { return f(info); });
 }
 
-void define_kernels(Napi::Env env, Napi::Object exports);
-void define_calibration(Napi::Env env, Napi::Object exports);
-void define_convert(Napi::Env env, Napi::Object exports);
-void define_bench(Napi::Env env, Napi::Object exports);
+template <Napi::Value (*f)(Info)> void define(Napi::Object exports, const char* name) {
+  exports[name] = Napi::Function::New(exports.Env(), exported<f>, name);
+}
+
+void define_kernels(Napi::Object exports);
+void define_calibration(Napi::Object exports);
+void define_convert(Napi::Object exports);
+void define_bench(Napi::Object exports);
 std::shared_ptr<Program> program_from(const Napi::Value& registers, const Napi::Value& ops, Backend& backend);
 // 'cpu' (or nothing) or 'cuda'; throws Error("INVALID_ARGUMENT") where there is no such device.
 Backend& backend_from(const Napi::Value& v);

@@ -217,16 +217,15 @@ Napi::Value js_kl_divergence(Info info) {
 
 }  // namespace
 
-void define_kernels(Napi::Env env, Napi::Object exports) {
-  const auto add = [&](const char* name, Napi::Value (*f)(Info)) { exports[name] = Napi::Function::New(env, f, name); };
-  add("cast", exported<cast>);
-  add("scanTensor", exported<scan_tensor>);
-  add("quantizeRtn", exported<js_quantize_rtn>);
-  add("packCodes", exported<js_pack_codes>);
-  add("fromGptq", exported<js_from_gptq>);
-  add("linear", exported<js_linear>);
-  add("tokenNll", exported<js_token_nll>);
-  add("klDivergence", exported<js_kl_divergence>);
+void define_kernels(Napi::Object exports) {
+  define<cast>(exports, "cast");
+  define<scan_tensor>(exports, "scanTensor");
+  define<js_quantize_rtn>(exports, "quantizeRtn");
+  define<js_pack_codes>(exports, "packCodes");
+  define<js_from_gptq>(exports, "fromGptq");
+  define<js_linear>(exports, "linear");
+  define<js_token_nll>(exports, "tokenNll");
+  define<js_kl_divergence>(exports, "klDivergence");
 }
 
 }  // namespace eac::addon

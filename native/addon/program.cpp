@@ -18,12 +18,7 @@ struct Reader {
   }
   std::string text(const char* key) const { return o.Get(key).ToString(); }
   Tensor tensor(const char* key) const { return *float_matrix_from(o.Get(key), key); }
-  std::vector<float> floats(const char* key) const {
-    const Tensor t = tensor(key);
-    std::vector<float> v(static_cast<size_t>(t.size()));
-    for (size_t i = 0; i < v.size(); i++) v[i] = float(element(t, int64_t(i)));
-    return v;
-  }
+  std::vector<float> floats(const char* key) const { return elements(tensor(key)); }
   std::vector<Matrix> matrices(const char* key) const {
     return list<Matrix>(key, "matrices", [key](const Napi::Value& v) { return matrix_from(v, key); });
   }

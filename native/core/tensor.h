@@ -83,5 +83,11 @@ inline double element(const Tensor& t, int64_t i) {
   }
   return 0;
 }
+// All of them.
+inline std::vector<float> elements(const Tensor& t) {
+  std::vector<float> v(size_t(t.size()));
+  for (size_t i = 0; i < v.size(); i++) v[i] = float(element(t, int64_t(i)));
+  return v;
+}
 
 }  // namespace eac

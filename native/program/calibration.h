@@ -22,4 +22,7 @@ class Calibration {
                                              const RouterCalibrationOptions& o) = 0;
 };
 
+// By the kernels of kernels/quant and kernels/router.
+Calibration& cpu_calibration();
+
 }  // namespace eac

@@ -8,15 +8,16 @@ void check(cudaError_t status, const char* doing) {
   throw Failure{kind, std::string(doing) + ": " + cudaGetErrorString(status)};
 }
 
+void check_allocation(cudaError_t status, size_t bytes, const char* where) {
+  if (status != cudaSuccess) (void)cudaGetLastError();
+  check(status, ("allocating " + std::to_string(bytes) + " bytes " + where).c_str());
+}
+
 void* Scratch::bytes(size_t n) {
   if (n > size_) {
     check(cudaFree(memory_), "freeing scratch memory");
     memory_ = nullptr, size_ = 0;
-    const cudaError_t status = cudaMalloc(&memory_, n);
-    if (status != cudaSuccess) {
-      (void)cudaGetLastError();  // memory may suffice for less: the error must not stay
-      check(status, ("allocating " + std::to_string(n) + " bytes of scratch memory on the GPU").c_str());
-    }
+    check_allocation(cudaMalloc(&memory_, n), n, "of scratch memory on the GPU");
     size_ = n;
     moves_++;
   }

@@ -17,6 +17,8 @@ inline void require(bool condition, const char* message) {
 }
 // Throws what the runtime says, with what was being done.
 void check(cudaError_t status, const char* doing);
+// Of an allocation. Memory may suffice for less, so the runtime forgets the error.
+void check_allocation(cudaError_t status, size_t bytes, const char* where);
 
 // Device memory that grows to what was asked for and is kept. It must not grow while launches are captured: run once before.
 class Scratch {

@@ -76,19 +76,11 @@ Status synchronize(Context* c) {
 }
 
 Status allocate(Context* c, size_t bytes, void** memory) {
-  return guarded(c, [&] {
-    const cudaError_t status = cudaMalloc(memory, bytes);
-    if (status != cudaSuccess) (void)cudaGetLastError();
-    check(status, ("allocating " + std::to_string(bytes) + " bytes on the GPU").c_str());
-  });
+  return guarded(c, [&] { check_allocation(cudaMalloc(memory, bytes), bytes, "on the GPU"); });
 }
 void free_memory(void* memory) { cudaFree(memory); }
 Status allocate_host(Context* c, size_t bytes, void** memory) {
-  return guarded(c, [&] {
-    const cudaError_t status = cudaMallocHost(memory, bytes);
-    if (status != cudaSuccess) (void)cudaGetLastError();
-    check(status, ("allocating " + std::to_string(bytes) + " bytes of pinned memory").c_str());
-  });
+  return guarded(c, [&] { check_allocation(cudaMallocHost(memory, bytes), bytes, "of pinned memory"); });
 }
 void free_host(void* memory) { cudaFreeHost(memory); }
 Status upload(Context* c, void* to, const void* from, size_t bytes) {

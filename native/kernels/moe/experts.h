@@ -49,6 +49,7 @@ struct Experts {
           std::optional<SharedExpert> shared = std::nullopt, std::optional<ExpertBiases> biases = std::nullopt);
 
   size_t count() const { return gate.size(); }
+  size_t count_with_shared() const { return count() + (shared ? 1 : 0); }
   // Expert `count()` is the shared one.
   const Matrix& gate_of(size_t e) const { return e < count() ? gate[e] : shared->gate; }
   const Matrix& up_of(size_t e) const { return e < count() ? up[e] : shared->up; }

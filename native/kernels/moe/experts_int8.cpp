@@ -149,7 +149,7 @@ struct Int8Experts {
 }  // namespace
 
 std::optional<Int8Blocks> int8_blocks(const Experts& experts) {
-  const size_t count = experts.count(), all = count + (experts.shared ? 1 : 0);
+  const size_t count = experts.count(), all = experts.count_with_shared();
   Int8Blocks blocks{128, 128, 128};
   for (size_t e = 0; e < all; e++) {
     const auto suit = [](int64_t& block, const Matrix& m) {

@@ -6,7 +6,7 @@
 #include "kernels/matmul/gemm.h"
 #include "kernels/nn/activation.h"
 #include "kernels/nn/norm.h"
-#include "program/cpu/calibration.h"
+#include "program/calibration.h"
 #include "program/program.h"
 
 namespace eac {
@@ -130,10 +130,7 @@ class CpuBackend : public Backend {
   Device* memory() override { return nullptr; }
   void prepare(const Program&, size_t) override {}
   std::unique_ptr<Executor> executor(Frame& frame) override { return std::make_unique<CpuExecutor>(frame); }
-  Calibration& calibration() override { return calibration_; }
-
- private:
-  CpuCalibration calibration_;
+  Calibration& calibration() override { return cpu_calibration(); }
 };
 
 }  // namespace

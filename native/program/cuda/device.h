@@ -7,6 +7,11 @@
 
 namespace eac::cuda {
 
+// As which the library knows stored floats.
+inline Storage storage_of(DType dtype) {
+  return dtype == DType::f16 ? Storage::f16 : dtype == DType::bf16 ? Storage::bf16 : Storage::f32;
+}
+
 // A context of the library; its functions as methods that throw.
 class Stream {
  public:

@@ -76,10 +76,10 @@ class CudaExecutor : public Executor {
     const bool decode = batch_.tokens.longest == 1 && frame_.pruning.none() && !staging();
     if (!decode)
       queue(from, to);
-    else if (graph_ && key(from, to) == captured_)
+    else if (const std::vector<uint64_t> now = key(from, to); graph_ && now == captured_)
       stream_(t().launch(stream_.context(), graph_));
-    else if (!(capturable_ && key(from, to) == ran_ && capture(from, to)))
-      queue(from, to), ran_ = key(from, to);
+    else if (!(capturable_ && now == ran_ && capture(from, to)))
+      queue(from, to), ran_ = key(from, to);  // scratch memory may have moved
     stream_.synchronize();
   }
 
@@ -285,7 +285,7 @@ class CudaExecutor : public Executor {
   }
   void operator()(const op::Experts& o) {
     const auto& e = o.experts;
-    const bool staged = staging() && staging()->holds(op_);
+    const bool staged = !p().list;
     const Expert* list = staged ? staging()->arrive(stream_, op_) : p().list;
     call<Experts>(t().experts,
                   {data(o.x), rows(o.x), width(o.x), data(o.weights), ints(o.indices), width(o.weights), int64_t(e.count()),
@@ -339,16 +339,16 @@ class CudaExecutor : public Executor {
 
 class CudaBackend : public Backend {
  public:
-  explicit CudaBackend(Gpu& gpu) : gpu_(gpu), weights_(gpu), calibration_(gpu) {}
+  explicit CudaBackend(Gpu& gpu) : gpu_(gpu), weights_(gpu), calibration_(cuda::calibration(gpu)) {}
   Device* memory() override { return &gpu_; }
   void prepare(const Program& program, size_t memory) override { weights_.prepare(program, memory); }
   std::unique_ptr<Executor> executor(Frame& frame) override { return std::make_unique<CudaExecutor>(gpu_, weights_, frame); }
-  Calibration& calibration() override { return calibration_; }
+  Calibration& calibration() override { return *calibration_; }
 
  private:
   Gpu& gpu_;
   Weights weights_;
-  CudaCalibration calibration_;
+  std::unique_ptr<Calibration> calibration_;
 };
 
 }  // namespace

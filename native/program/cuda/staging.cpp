@@ -35,7 +35,7 @@ Staging::~Staging() {
       if (e) t.free_event(e);
 }
 
-size_t Staging::place_of(size_t op) const {
+size_t Staging::layer_of(size_t op) const {
   const auto at = std::find_if(layers_.begin(), layers_.end(), [&](const HostExperts& l) { return l.op == op; });
   return size_t(at - layers_.begin());
 }
@@ -61,13 +61,13 @@ void Staging::fetch() {
 }
 
 const Expert* Staging::arrive(const Stream& s, size_t op) {
-  const size_t layer = place_of(op);
+  const size_t layer = layer_of(op);
   s(s.table().wait(s.context(), places_[layer % 2].copied));
   return lists_[layer % 2][layer].get();
 }
 
 void Staging::leave(const Stream& s, size_t op) {
-  s(s.table().record(s.context(), &places_[place_of(op) % 2].left));
+  s(s.table().record(s.context(), &places_[layer_of(op) % 2].left));
   fetch();
 }
 

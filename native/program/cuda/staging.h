@@ -20,7 +20,6 @@ class Staging {
   Staging(Gpu& gpu, std::vector<HostExperts> layers);
   ~Staging();
   std::unique_lock<std::mutex> lock() { return std::unique_lock(mutex_); }
-  bool holds(size_t op) const { return place_of(op) < layers_.size(); }
   // Operations [from, to) are going to be queued on `s`: begins to copy.
   void start(const Stream& s, size_t from, size_t to);
   // The experts of `op`, for what is queued on `s` after this.
@@ -33,7 +32,7 @@ class Staging {
     std::shared_ptr<void> memory;
     Event *copied = nullptr, *left = nullptr;
   };
-  size_t place_of(size_t op) const;
+  size_t layer_of(size_t op) const;
   void fetch();
 
   Gpu& gpu_;

@@ -8,14 +8,6 @@
 namespace eac::cuda {
 namespace {
 
-Storage storage_of(DType dtype) {
-  switch (dtype) {
-    case DType::f16: return Storage::f16;
-    case DType::bf16: return Storage::bf16;
-    default: return Storage::f32;
-  }
-}
-
 WeightBytes bytes_of(const Table& table, const Matrix& m) {
   if (const auto* t = std::get_if<Tensor>(&m)) return {t->bytes(), 0};
   const auto& q = std::get<QuantMatrix>(m);
@@ -25,7 +17,7 @@ size_t total(const WeightBytes& b) { return b.data + b.params; }
 
 // Calls f with every matrix of the routed and the shared experts.
 template <class F> void each_matrix(const eac::Experts& e, F f) {
-  for (size_t i = 0; i < e.count() + (e.shared ? 1 : 0); i++) f(e.gate_of(i)), f(e.up_of(i)), f(e.down_of(i));
+  for (size_t i = 0; i < e.count_with_shared(); i++) f(e.gate_of(i)), f(e.up_of(i)), f(e.down_of(i));
 }
 
 std::string gigabytes(size_t bytes) {
@@ -42,24 +34,24 @@ Weights::Key Weights::key_of(const Matrix& m) {
   return {t.data, t.rows(), t.cols(), 16 + int32_t(t.dtype)};
 }
 
-DeviceMatrix Weights::dense(const Tensor& t) {
-  const Tensor copy = gpu_.take(t);
-  return {{storage_of(t.dtype), 0, t.rows(), t.cols(), t.cols(), copy.data, nullptr}, copy.owner, nullptr};
-}
-
-DeviceMatrix Weights::quantized(const QuantMatrix& q) {
+DeviceMatrix Weights::copy(const Matrix& m) {
+  if (const auto* t = std::get_if<Tensor>(&m)) {
+    const Tensor taken = gpu_.take(*t);
+    return {{storage_of(t->dtype), 0, t->rows(), t->cols(), t->cols(), taken.data, nullptr}, taken.owner, nullptr};
+  }
+  const auto& q = std::get<QuantMatrix>(m);
   const Table& table = gpu_.table();
   const WeightBytes bytes = bytes_of(table, q);
-  DeviceMatrix m{{Storage::quantized, q.bits, q.rows, q.cols, q.group_size, nullptr, nullptr},
-                 gpu_.allocate(bytes.data),
-                 gpu_.allocate(bytes.params)};
-  m.weight.data = m.data.get(), m.weight.params = m.params.get();
+  DeviceMatrix made{{Storage::quantized, q.bits, q.rows, q.cols, q.group_size, nullptr, nullptr},
+                    gpu_.allocate(bytes.data),
+                    gpu_.allocate(bytes.params)};
+  made.weight.data = made.data.get(), made.weight.params = made.params.get();
   const Tensor codes = gpu_.take(q.codes), scales = gpu_.take(q.scales), zeros = gpu_.take(q.zeros);
   const PackWeight pack{
-      q.bits,       q.rows,        q.cols, q.group_size, codes.as<uint8_t>(), scales.as<uint16_t>(), zeros.as<uint8_t>(),
-      m.data.get(), m.params.get()};
+      q.bits,          q.rows,           q.cols, q.group_size, codes.as<uint8_t>(), scales.as<uint16_t>(), zeros.as<uint8_t>(),
+      made.data.get(), made.params.get()};
   gpu_.run([&](const Stream& s) { s(table.pack_weight(s.context(), &pack)); });
-  return m;
+  return made;
 }
 
 std::shared_ptr<const DeviceMatrix> Weights::find(const Matrix& m) const {
@@ -69,8 +61,8 @@ std::shared_ptr<const DeviceMatrix> Weights::find(const Matrix& m) const {
 
 std::shared_ptr<const DeviceMatrix> Weights::matrix(const Matrix& m) {
   if (auto found = find(m)) return found;
+  const auto made = std::make_shared<const DeviceMatrix>(copy(m));
   const auto* t = std::get_if<Tensor>(&m);
-  const auto made = std::make_shared<const DeviceMatrix>(t ? dense(*t) : quantized(std::get<QuantMatrix>(m)));
   entries_[key_of(m)] = {t ? t->owner : std::get<QuantMatrix>(m).codes.owner, made};
   return made;
 }
@@ -98,13 +90,7 @@ struct Preparer {
   void operator()(const op::Embed& o) { p.tensor = tensor(o.table), p.storage = storage_of(o.table.dtype); }
   void operator()(const op::RmsNorm& o) { p.tensor = tensor(o.weight), p.storage = storage_of(o.weight.dtype); }
   void operator()(const op::LayerNorm& o) {
-    // The library takes one storage for both.
-    const auto both = [&](const Tensor& t) {
-      std::vector<float> v(size_t(t.size()));
-      for (size_t i = 0; i < v.size(); i++) v[i] = float(element(t, int64_t(i)));
-      return floats(v);
-    };
-    p.tensor = both(o.weight), p.bias = both(o.bias);
+    p.tensor = floats(elements(o.weight)), p.bias = floats(elements(o.bias));  // the library takes one storage for both
   }
   void operator()(const op::Linear& o) {
     p.weight = matrix(o.weight);
@@ -119,7 +105,7 @@ struct Preparer {
     const auto& e = o.experts;
     if (e.shared && e.shared->output_gate) p.output_gate = matrix(*e.shared->output_gate);
     if (staged) return;
-    for (size_t i = 0; i < e.count() + (e.shared ? 1 : 0); i++)
+    for (size_t i = 0; i < e.count_with_shared(); i++)
       p.experts.push_back({matrix(e.gate_of(i)), matrix(e.up_of(i)), matrix(e.down_of(i)), nullptr, nullptr, nullptr});
     add_biases(e, p.experts);
     const auto list = w.gpu_.upload(p.experts);
@@ -195,7 +181,7 @@ HostExperts Weights::to_host(const eac::Experts& e, size_t op) {
   });
   size_t end = 0;
   const auto store = [&](const Matrix& m) {
-    const DeviceMatrix d = std::holds_alternative<Tensor>(m) ? dense(std::get<Tensor>(m)) : quantized(std::get<QuantMatrix>(m));
+    const DeviceMatrix d = copy(m);
     const WeightBytes b = bytes_of(gpu_.table(), m);
     Weight w = d.weight;
     const auto keep = [&](const void*& p, size_t bytes) {
@@ -207,7 +193,7 @@ HostExperts Weights::to_host(const eac::Experts& e, size_t op) {
     keep(w.data, b.data), keep(w.params, b.params);
     return w;
   };
-  for (size_t i = 0; i < e.count() + (e.shared ? 1 : 0); i++) {
+  for (size_t i = 0; i < e.count_with_shared(); i++) {
     throw_if_cancelled();
     Expert x{};
     x.gate = store(e.gate_of(i)), x.up = store(e.up_of(i)), x.down = store(e.down_of(i));

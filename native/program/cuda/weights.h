@@ -53,8 +53,7 @@ class Weights {
   std::shared_ptr<const DeviceMatrix> matrix(const Matrix& m);
   // The device's copy, if there is one.
   std::shared_ptr<const DeviceMatrix> find(const Matrix& m) const;
-  DeviceMatrix dense(const Tensor& t);
-  DeviceMatrix quantized(const QuantMatrix& q);
+  DeviceMatrix copy(const Matrix& m);
   // Which operations' experts do not fit.
   std::vector<bool> choose_staged(const Program& program, size_t limit) const;
   HostExperts to_host(const eac::Experts& e, size_t op);

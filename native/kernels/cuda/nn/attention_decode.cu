@@ -30,7 +30,6 @@ template <int R, int T> struct Block {
   static constexpr int lanes = threads / T;  // a key
   const Attend& p;
   const Group group;
-  const int64_t kv_head;
   const int split;
   const int rows, key_size, value_size;                // float4 a row of a tile
   const int head_units, thread;                        // float4 a head
@@ -41,7 +40,6 @@ template <int R, int T> struct Block {
   __device__ Block(const Attend& p, int64_t sequence, int64_t kv_head, int split)
       : p(p),
         group(p, sequence, kv_head),
-        kv_head(kv_head),
         split(split),
         rows(group.tokens * p.heads_per_kv),
         key_size(key_units<T>(p.a.head_dim)),
@@ -56,10 +54,6 @@ template <int R, int T> struct Block {
     for (int i = 0; i < ceil_div(R, 4); i++) maximum[i] = -INFINITY, sum[i] = 0;
     for (int r = 0; r < R; r++) sums[r] = make_float4(0, 0, 0, 0);
   }
-  // Counted in heads: where a row's query and result lie.
-  __device__ int64_t head_of(int r) const {
-    return (group.begin + r / p.heads_per_kv) * p.a.heads + kv_head * p.heads_per_kv + r % p.heads_per_kv;
-  }
   __device__ float4* keys(int stage) const { return tiles + stage * T * (key_size + value_size); }
   __device__ float4* values(int stage) const { return keys(stage) + T * key_size; }
 
@@ -67,7 +61,7 @@ template <int R, int T> struct Block {
     for (int i = thread; i < R * head_units; i += threads) {
       const int r = i / head_units;
       float4 q = make_float4(0, 0, 0, 0);
-      if (r < rows) q = reinterpret_cast<const float4*>(p.a.q + head_of(r) * p.a.head_dim)[i % head_units];
+      if (r < rows) q = reinterpret_cast<const float4*>(p.a.q + group.head_of(p, r) * p.a.head_dim)[i % head_units];
       const float scale = p.a.scale * log2_e;
       queries[i] = make_float4(q.x * scale, q.y * scale, q.z * scale, q.w * scale);
     }
@@ -169,21 +163,15 @@ template <int R, int T> struct Block {
   }
   // The groups' sums in order, then out; memory of the tiles is free now.
   __device__ void write() {
-    const int64_t all = p.a.batch.rows * p.a.heads;
 #pragma unroll
     for (int r = 0; r < R; r++) tiles[r * threads + thread] = sums[r];
     for (int i = 0; i < ceil_div(R, 4); i++) {
       const int r = thread / 32 + 4 * i;
       if (r >= rows || thread % 32 > 0) continue;
-      if (p.part.splits > 1) {
-        p.part.max[split * all + head_of(r)] = maximum[i];
-        p.part.sum[split * all + head_of(r)] = sum[i];
-      } else {
-        shrink[r] = attention_scale(p.a, head_of(r) % p.a.heads, maximum[i], sum[i]);
-      }
+      shrink[r] = p.finish(split, group.head_of(p, r), maximum[i], sum[i], true);
     }
     __syncthreads();
-    float* out = p.part.splits > 1 ? p.part.values + split * all * p.a.value_dim : p.a.out;
+    float* out = p.results(split);
     for (int i = thread; i < rows * value_size; i += threads) {
       const int r = i / value_size, unit = i % value_size;
       float4 v = make_float4(0, 0, 0, 0);
@@ -191,8 +179,8 @@ template <int R, int T> struct Block {
         const float4 s = tiles[r * threads + g * value_size + unit];
         v.x += s.x, v.y += s.y, v.z += s.z, v.w += s.w;
       }
-      const float scale = p.part.splits > 1 ? 1.f : shrink[r];
-      reinterpret_cast<float4*>(out + head_of(r) * p.a.value_dim)[unit] =
+      const float scale = shrink[r];
+      reinterpret_cast<float4*>(out + group.head_of(p, r) * p.a.value_dim)[unit] =
           make_float4(v.x * scale, v.y * scale, v.z * scale, v.w * scale);
     }
   }

@@ -23,7 +23,6 @@ __host__ __device__ constexpr size_t shared_bytes(int query_slices) {
 template <int V> struct Block {
   const Attend& p;
   const Group group;
-  const int64_t kv_head;
   const int split, rows, query_slices, thread, lane, warp;
   unsigned char *queries, *weights, *buffers;
   float* shared;  // (warps, tile_rows)
@@ -36,7 +35,6 @@ template <int V> struct Block {
   __device__ Block(const Attend& p, int64_t sequence, int64_t kv_head, int split)
       : p(p),
         group(p, sequence, kv_head),
-        kv_head(kv_head),
         split(split),
         rows(group.tokens * p.heads_per_kv),
         query_slices(int(p.a.head_dim + tile_columns - 1) / tile_columns),
@@ -53,9 +51,6 @@ template <int V> struct Block {
       end[i] = r < rows ? group.end(token) : 0;
     }
   }
-  __device__ int64_t head_of(int r) const {
-    return (group.begin + r / p.heads_per_kv) * p.a.heads + kv_head * p.heads_per_kv + r % p.heads_per_kv;
-  }
   __device__ unsigned char* current() const { return buffers + buffer * buffer_bytes; }
 
   __device__ void load_queries() {
@@ -64,7 +59,7 @@ template <int V> struct Block {
       const int slice = i / (tile_rows * 8), r = i / 8 % tile_rows, unit = i % 8, channel = slice * tile_columns + unit * 8;
       float4 x = make_float4(0, 0, 0, 0), y = x;
       if (r < rows && channel < p.a.head_dim) {
-        const float4* q = reinterpret_cast<const float4*>(p.a.q + head_of(r) * p.a.head_dim + channel);
+        const float4* q = reinterpret_cast<const float4*>(p.a.q + group.head_of(p, r) * p.a.head_dim + channel);
         x = make_float4(q[0].x * s, q[0].y * s, q[0].z * s, q[0].w * s);
         y = make_float4(q[1].x * s, q[1].y * s, q[1].z * s, q[1].w * s);
       }
@@ -214,7 +209,6 @@ template <int V> struct Block {
     }
   }
   __device__ void write() {
-    const int64_t all = p.a.batch.rows * p.a.heads;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       for (int step = 1; step < 4; step *= 2) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], step);
@@ -225,21 +219,16 @@ template <int V> struct Block {
     for (int i = 0; i < 2; i++) {
       const int r = lane / 4 + 8 * i;
       if (r >= rows) continue;
-      float total = 0, scale = 1, *out = p.a.out;
+      const int64_t head = group.head_of(p, r);
+      float total = 0;
       for (int w = 0; w < warps; w++) total += shared[w * tile_rows + r];
-      if (p.part.splits > 1) {
-        out = p.part.values + split * all * p.a.value_dim;
-        if (warp == 0 && lane % 4 == 0)
-          p.part.max[split * all + head_of(r)] = maximum[i], p.part.sum[split * all + head_of(r)] = total;
-      } else {
-        scale = attention_scale(p.a, head_of(r) % p.a.heads, maximum[i], total);
-      }
+      const float scale = p.finish(split, head, maximum[i], total, warp == 0 && lane % 4 == 0);
+      float* out = p.results(split) + head * p.a.value_dim;
 #pragma unroll
       for (int v = 0; v < V; v++) {
         const int channel = v * tile_columns + warp * 8 + 2 * (lane % 4);
         if (channel < p.a.value_dim)
-          *reinterpret_cast<float2*>(out + head_of(r) * p.a.value_dim + channel) =
-              make_float2(result[v][2 * i] * scale, result[v][2 * i + 1] * scale);
+          *reinterpret_cast<float2*>(out + channel) = make_float2(result[v][2 * i] * scale, result[v][2 * i + 1] * scale);
       }
     }
   }

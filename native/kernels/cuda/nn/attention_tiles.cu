@@ -48,7 +48,6 @@ template <int V> struct Tile {
   const TileWork& w;
   const Attend& p;
   const Group group;
-  const int64_t kv_head;
   const int split, row, rows;  // first row, and how many the group has
   const int first_value;       // channel
   const int thread, lane, warp;
@@ -64,7 +63,6 @@ template <int V> struct Tile {
       : w(w),
         p(w.p),
         group(w.p, sequence, kv_head),
-        kv_head(kv_head),
         split(split),
         row(tile * row_tile),
         rows(group.tokens * w.p.heads_per_kv),
@@ -80,9 +78,6 @@ template <int V> struct Tile {
       end[i] = r < rows ? group.end(token) : 0;
     }
   }
-  __device__ int64_t head_of(int r) const {
-    return (group.begin + r / p.heads_per_kv) * p.a.heads + kv_head * p.heads_per_kv + r % p.heads_per_kv;
-  }
   __device__ unsigned char* current() const { return buffers + buffer * buffer_bytes; }
   __device__ bool queries_stay() const { return w.query_slices <= 2; }
 
@@ -91,7 +86,7 @@ template <int V> struct Tile {
     for (int i = thread; i < row_tile * 16; i += threads) {
       const int r = i / 16, unit = i % 16;
       const bool valid = row + r < rows;
-      const int64_t head = valid ? head_of(row + r) : 0;
+      const int64_t head = valid ? group.head_of(p, row + r) : 0;
       copy_async(tile_unit(tile, r, unit), w.query + (head * w.query_slices + slice) * tile_row_bytes + unit * 16, valid);
     }
     copy_commit();
@@ -228,29 +223,21 @@ template <int V> struct Tile {
     }
   }
   __device__ void write() {
-    const int64_t all = p.a.batch.rows * p.a.heads;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       for (int step = 1; step < 4; step *= 2) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], step);
       const int r = row + warp * 16 + lane / 4 + 8 * i;
       if (r >= rows) continue;
-      const int64_t head = head_of(r);
-      float *out = p.a.out, scale = 1;
-      if (p.part.splits > 1) {
-        out = p.part.values + split * all * p.a.value_dim;
-        if (lane % 4 == 0 && first_value == 0)
-          p.part.max[split * all + head] = maximum[i], p.part.sum[split * all + head] = sum[i];
-      } else {
-        scale = attention_scale(p.a, head % p.a.heads, maximum[i], sum[i]);
-      }
+      const int64_t head = group.head_of(p, r);
+      const float scale = p.finish(split, head, maximum[i], sum[i], lane % 4 == 0 && first_value == 0);
+      float* out = p.results(split) + head * p.a.value_dim;
 #pragma unroll
       for (int v = 0; v < V; v++)
 #pragma unroll
         for (int n = 0; n < 8; n++) {
           const int channel = first_value + v * tile_columns + n * 8 + 2 * (lane % 4);
           if (channel < p.a.value_dim)
-            *reinterpret_cast<float2*>(out + head * p.a.value_dim + channel) =
-                make_float2(result[v][n][2 * i] * scale, result[v][n][2 * i + 1] * scale);
+            *reinterpret_cast<float2*>(out + channel) = make_float2(result[v][n][2 * i] * scale, result[v][n][2 * i + 1] * scale);
         }
     }
   }
