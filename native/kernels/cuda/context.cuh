@@ -40,6 +40,7 @@ class Scratch {
 struct Context {
   int device = 0;
   int multiprocessors = 1;
+  bool wgmma = false;  // the GPU has it, and this library code for it: find_wgmma
   cudaStream_t stream = nullptr;
   std::string error;
   static constexpr int scratches = 12;
@@ -95,6 +96,9 @@ template <class T> __device__ T block_sum(T v, T* shared) {
   __syncthreads();
   return shared[32];
 }
+
+// Whether products may use wgmma: asks the GPU. EAC_MOE_CUDA_WGMMA=0: no.
+bool find_wgmma(Context& c);
 
 // One function an operation, in the file of its name; each queues its launches on the context's stream.
 void embed(Context&, const Embed&);

@@ -12,7 +12,7 @@ struct Grid {
   size_t shared = 0;  // bytes of dynamic shared memory
 };
 
-// kernel<<<>>>(args...), with more than 48 KB of shared memory where it asks for it. Limit for every architecture: 96 KB.
+// kernel<<<>>>(args...), with more than 48 KB of shared memory where it asks for it. Limit for every architecture: 96 KB; of Hopper's kernels 227 KB.
 template <auto kernel, class... Args> cudaError_t launch_kernel(cudaStream_t stream, const Grid& grid, Args... args) {
   if (grid.shared > 48 * 1024) {
     const cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
@@ -110,5 +110,103 @@ __device__ __forceinline__ uint32_t load_once(const uint32_t* p) {
   asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
   return v;
 }
+
+// Hopper's instructions: PTX ISA "Asynchronous warpgroup level matrix instructions", "mbarrier", "setmaxnreg". They are only in code for sm_90a:
+// what uses them is in `if constexpr (has_wgmma)`.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+inline constexpr bool has_wgmma = true;
+#else
+inline constexpr bool has_wgmma = false;
+#endif
+
+// Barriers in shared memory (8 bytes each): a phase ends when `count` arrivals have come. `parity`: of the phase waited for, 0 for the first.
+__device__ __forceinline__ void signal_create(uint64_t* signal, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(signal)), "r"(count) : "memory");
+}
+__device__ __forceinline__ void signal_arrive(uint64_t* signal) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(signal)) : "memory");
+}
+__device__ __forceinline__ void signal_wait(uint64_t* signal, int parity) {
+  uint32_t done;
+  do {
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
+                 : "=r"(done)
+                 : "r"(shared_address(signal)), "r"(parity)
+                 : "memory");
+  } while (!done);
+}
+// A barrier of `threads` of the block's threads, whole warps. Number 0 is __syncthreads().
+template <int number, int threads> __device__ __forceinline__ void barrier_of() {
+  asm volatile("bar.sync %0, %1;" ::"n"(number), "n"(threads) : "memory");
+}
+// What this thread wrote to shared memory becomes visible to wgmma (of threads that a barrier tells).
+__device__ __forceinline__ void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// The registers of each thread of this warpgroup, which all of its warps change.
+template <int n> __device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(n));
+}
+template <int n> __device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(n));
+}
+
+// How wgmma finds rows of 64 bf16 (128 bytes) in shared memory: eight rows follow each other in 1024 bytes, aligned to as much, chunks of 16 bytes
+// exchanged (chunk c of row r lies at c ^ (r & 7)), and so on. `address`: where row 0 has the first of the instruction's 16 columns.
+// Bits 0-13 address / 16, 16-29 unused with this swizzle, 32-45 bytes from eight rows to the next / 16, 62-63 the swizzle: 1, of 128 bytes.
+__device__ __forceinline__ uint64_t wgmma_rows(uint32_t address) {
+  return uint64_t(1) << 62 | uint64_t(1024 / 16) << 32 | uint64_t(1) << 16 | (address & 0x3ffff) >> 4;
+}
+inline constexpr uint64_t wgmma_step = 32 / 16;  // added to wgmma_rows(): the next 16 columns
+
+// A warpgroup: d = a b, or d += a b, asynchronously. a (64 × 16 bf16): rows 16 w .. 16 w + 15 in warp w as in mma_bf16, or in shared memory;
+// b (16 × n): the rows of wgmma_rows() are its columns. d (64 × n f32) in warp w as n / 8 tiles of mma_bf16.
+// wgmma_fence() comes before a product if a or d have been touched; they must not be until wgmma_wait() with them.
+#define EAC_D8(d, i) \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define EAC_D32(d, i) EAC_D8(d, i), EAC_D8(d, i + 8), EAC_D8(d, i + 16), EAC_D8(d, i + 24)
+#define EAC_D32_NAMES \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define EAC_D64_NAMES                                                                                                     \
+  EAC_D32_NAMES ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56," \
+                "%57,%58,%59,%60,%61,%62,%63"
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool add) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" EAC_D64_NAMES
+               "}, {%64,%65,%66,%67}, %68, p, 1, 1, 0; }"
+               : EAC_D32(d, 0), EAC_D32(d, 32)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));
+}
+__device__ __forceinline__ void wgmma(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool add) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" EAC_D32_NAMES
+               "}, {%32,%33,%34,%35}, %36, p, 1, 1, 0; }"
+               : EAC_D32(d, 0)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));
+}
+__device__ __forceinline__ void wgmma(float (&d)[64], uint64_t a, uint64_t b) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" EAC_D64_NAMES
+               "}, %64, %65, p, 1, 1, 0, 0; }"
+               : EAC_D32(d, 0), EAC_D32(d, 32)
+               : "l"(a), "l"(b));
+}
+__device__ __forceinline__ void wgmma(float (&d)[32], uint64_t a, uint64_t b) {
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" EAC_D32_NAMES
+               "}, %32, %33, p, 1, 1, 0, 0; }"
+               : EAC_D32(d, 0)
+               : "l"(a), "l"(b));
+}
+// Until at most n of the warpgroup's committed groups are under way.
+template <int n> __device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(n) : "memory");
+}
+// Until all are done: d is the thread's own again, which the compiler must not believe any earlier.
+template <int n> __device__ __forceinline__ void wgmma_done(float (&d)[n]) {
+  wgmma_wait<0>();
+#pragma unroll
+  for (int i = 0; i < n; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+#undef EAC_D8
+#undef EAC_D32
+#undef EAC_D32_NAMES
+#undef EAC_D64_NAMES
 
 }  // namespace eac::cuda

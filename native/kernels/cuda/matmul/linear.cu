@@ -42,7 +42,7 @@ void multiply_few(Context& c, const Linear& l) {
   Stream s{};
   s.role = Role::plain, s.weight = l.weight;
   s.n = l.n, s.cols = l.weight.cols, s.channels = l.weight.rows;
-  s.in = split_planes(c, 0, l.x, l.n, l.weight.cols, l.precision);
+  s.in = split_planes(c, 0, l.x, l.n, l.weight.cols, l.precision, Order::lanes);
   s.slices = parts.slices, s.out = parts.out, s.add = parts.add();
   s.bias_storage = l.bias_storage, s.bias = l.bias;
   multiply_stream(c, s);
@@ -52,7 +52,7 @@ void multiply_few(Context& c, const Linear& l) {
 void multiply_many(Context& c, const Linear& l) {
   Product p{};
   p.role = Role::plain, p.path = path_of(l.weight), p.weight = l.weight;
-  p.tile_rows = l.n <= 32 ? 16 : 64;
+  p.tile_rows = tile_rows_for(c, p.path != Path::scalar, l.n);
   p.n = l.n, p.cols = l.weight.cols, p.channels = l.weight.rows;
   p.bias_storage = l.bias_storage, p.bias = l.bias;
   p.slices = tile_slices(c, p, l.n);
@@ -61,7 +61,7 @@ void multiply_many(Context& c, const Linear& l) {
   if (p.path == Path::scalar)
     p.x = l.x, p.x_stride = l.weight.cols;
   else
-    p.in = split_planes(c, 0, l.x, l.n, l.weight.cols, l.precision);
+    p.in = split_planes(c, 0, l.x, l.n, l.weight.cols, l.precision, Order::channels);
   multiply_product(c, p, l.n);
   parts.add_up(c);
 }

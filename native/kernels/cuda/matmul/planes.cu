@@ -11,15 +11,15 @@ __global__ void split_kernel(const float* x, int64_t rows, int64_t cols, Planes 
 
 }  // namespace
 
-Planes allocate_planes(Context& c, int scratch, int64_t rows, int64_t cols, Precision precision) {
+Planes allocate_planes(Context& c, int scratch, int64_t rows, int64_t cols, Precision precision, Order order) {
   const int64_t stride = units_of(cols) * unit_cols;
   uint16_t* high = c.scratch[scratch].get<uint16_t>(rows * stride);
   uint16_t* low = precision == Precision::exact ? c.scratch[scratch + 1].get<uint16_t>(rows * stride) : nullptr;
-  return {high, low, stride};
+  return {high, low, stride, order};
 }
 
-Planes split_planes(Context& c, int scratch, const float* x, int64_t rows, int64_t cols, Precision precision) {
-  const Planes p = allocate_planes(c, scratch, rows, cols, precision);
+Planes split_planes(Context& c, int scratch, const float* x, int64_t rows, int64_t cols, Precision precision, Order order) {
+  const Planes p = allocate_planes(c, scratch, rows, cols, precision, order);
   launch<split_kernel>(c, per_element(rows * (p.stride / 4)), x, rows, cols, p);
   return p;
 }

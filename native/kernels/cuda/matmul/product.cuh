@@ -28,7 +28,7 @@ __host__ __device__ inline Path path_of(const Weight& w) {
 struct Product {
   Role role;
   Path path;      // experts on another path are another launch's
-  int tile_rows;  // 16 or 64
+  int tile_rows;  // 16 or 64, with wgmma 128
   int64_t n, cols, channels, shared_channels;
   Weight weight;              // plain
   const Expert* list;         // else: (routed, and the shared one)
@@ -125,6 +125,8 @@ __device__ __forceinline__ void store_hidden(const Product& p, const Tile& t, in
   if (p.hidden_f32 && real) p.hidden_f32[(t.pair + row) * p.hidden_stride + channel] = v;
 }
 
+// Rows of a tile, where an expert (plain: the only one) has about `each`.
+int tile_rows_for(const Context& c, bool tensor_cores, int64_t each);
 // How many slices keep the GPU busy.
 int64_t tile_slices(const Context& c, const Product& p, int64_t pairs);
 // The launch of p.path; pairs: all of the routed experts, at most.
@@ -132,6 +134,7 @@ void multiply_product(Context& c, const Product& p, int64_t pairs);
 // Its parts.
 inline constexpr int tile_slab = 256, scalar_slab = 64;             // channels of a block
 void multiply_tiles(Context& c, const Product& p, int64_t pairs);   // tiles.cu: codes, bf16
+void multiply_warpgroup_tiles(Context& c, const Product& p, int64_t pairs);  // warpgroup_tiles.cu: the same with wgmma
 void multiply_scalar(Context& c, const Product& p, int64_t pairs);  // scalar.cu
 
 }  // namespace eac::cuda

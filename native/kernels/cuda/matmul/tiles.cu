@@ -15,7 +15,6 @@ template <int rows, int planes, bool dense> struct Shape {
   static constexpr int plane_bytes = rows * 128;
   static constexpr int stage_bytes = planes * plane_bytes + (dense ? tile_slab * 128 : tile_slab / unit_rows * unit_bytes(4));
   static constexpr int stages = dense ? 2 : rows == 64 && planes == 2 ? 3 : 4;
-  static constexpr int result_stride = tile_slab + 4;  // floats: rows 2c of a fragment lie 8 banks apart
   static constexpr int result_bytes = rows * result_stride * 4;
   static constexpr size_t shared = stages * stage_bytes > result_bytes ? stages* stage_bytes : result_bytes;
 };
@@ -60,17 +59,16 @@ template <int half, int rows, int planes> __device__ __forceinline__ void multip
   for (int plane = 0; plane < planes; plane++)
 #pragma unroll
     for (int first = 0; first < rows / 8; first += step) {
-      uint4 b[step];
+      uint32_t b[step][4];
 #pragma unroll
       for (int j = 0; j < step; j++)
-        b[j] = *reinterpret_cast<const uint4*>(stage + plane * rows * 128 +
-                                               swizzled((first + j) * 8 + lane / 4, lane % 4 * 2 + half));
+        load_matrices(b[j], stage + plane * rows * 128 + swizzled((first + j) * 8 + lane % 8, half * 4 + lane / 8));
 #pragma unroll
       for (int s = 0; s < 2; s++)
 #pragma unroll
         for (int i = 0; i < warp_panels; i++)
 #pragma unroll
-          for (int j = 0; j < step; j++) mma_bf16(sums[i][first + j], a[i][s], {s ? b[j].z : b[j].x, s ? b[j].w : b[j].y});
+          for (int j = 0; j < step; j++) mma_bf16(sums[i][first + j], a[i][s], {b[j][2 * s], b[j][2 * s + 1]});
     }
 }
 
@@ -129,8 +127,7 @@ __device__ __forceinline__ void multiply(Source source, const Product& p, const 
 }
 
 template <int rows> __device__ __forceinline__ void store_tile(const Product& p, const Tile& t, const Sums<rows>& totals) {
-  using S = Shape<rows, 1, false>;
-  float* result = dynamic_shared<float>();  // (rows, result_stride)
+  float* result = dynamic_shared<float>();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   __syncthreads();  // the last unit has been read
 #pragma unroll
@@ -139,20 +136,10 @@ template <int rows> __device__ __forceinline__ void store_tile(const Product& p,
     for (int j = 0; j < rows / 8; j++)
 #pragma unroll
       for (int d = 0; d < 4; d++)
-        result[(j * 8 + lane % 4 * 2 + d % 2) * S::result_stride + (warp * warp_panels + i) * 16 + lane / 4 + d / 2 * 8] =
+        result[(j * 8 + lane % 4 * 2 + d % 2) * result_stride + (warp * warp_panels + i) * 16 + lane / 4 + d / 2 * 8] =
             totals[i][j][d];
   __syncthreads();
-  if (p.role == Role::gate_up) {
-    for (int i = threadIdx.x; i < t.rows * (tile_slab / 2); i += tile_threads) {
-      const float* from = result + i / (tile_slab / 2) * S::result_stride + i % (tile_slab / 2);
-      store_hidden(p, t, i / (tile_slab / 2), t.channel + i % (tile_slab / 2), from[0], from[tile_slab / 2]);
-    }
-  } else {
-    for (int i = threadIdx.x; i < t.rows * tile_slab; i += tile_threads) {
-      const int64_t channel = t.channel + i % tile_slab;
-      if (channel < t.channels) store_out(p, t, i / tile_slab, channel, result[i / tile_slab * S::result_stride + i % tile_slab]);
-    }
-  }
+  write_tile(p, t, result);
 }
 
 template <int rows, int planes, bool dense>

@@ -1,4 +1,5 @@
-// Where the tiles of tiles.cu get their weights from: codes, dequantized in registers, or bf16 from shared memory.
+// What the tiles of tiles.cu and warpgroup_tiles.cu share, and where those of tiles.cu get their weights from: codes, dequantized in registers, or
+// bf16 from shared memory.
 #pragma once
 #include "kernels/cuda/matmul/product.cuh"
 
@@ -9,6 +10,25 @@ inline constexpr int tile_threads = 256, warp_panels = 2;
 
 // Rows of 64 bf16 in shared memory, their chunks of 16 bytes exchanged so that eight rows' equal chunks lie in different banks.
 __device__ __forceinline__ int swizzled(int row, int chunk) { return row * 128 + (chunk ^ (row & 7)) * 16; }
+
+// A tile's results in shared memory, (rows, result_stride) floats: rows 2c of a fragment lie 8 banks apart. Of gate_up the gate's channels come
+// first, then the up matrix's.
+inline constexpr int result_stride = tile_slab + 4;
+
+// What they are for, and where to. The first tile_threads of the block.
+__device__ __forceinline__ void write_tile(const Product& p, const Tile& t, const float* result) {
+  if (p.role == Role::gate_up) {
+    for (int i = threadIdx.x; i < t.rows * (tile_slab / 2); i += tile_threads) {
+      const float* from = result + i / (tile_slab / 2) * result_stride + i % (tile_slab / 2);
+      store_hidden(p, t, i / (tile_slab / 2), t.channel + i % (tile_slab / 2), from[0], from[tile_slab / 2]);
+    }
+  } else {
+    for (int i = threadIdx.x; i < t.rows * tile_slab; i += tile_threads) {
+      const int64_t channel = t.channel + i % tile_slab;
+      if (channel < t.channels) store_out(p, t, i / tile_slab, channel, result[i / tile_slab * result_stride + i % tile_slab]);
+    }
+  }
+}
 
 __device__ __forceinline__ int64_t panel_of(const Product& p, const Tile& t, int warp) {
   return t.channel / unit_rows + (p.role == Role::gate_up ? warp % 4 : warp) * warp_panels;

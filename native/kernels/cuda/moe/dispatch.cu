@@ -132,7 +132,7 @@ Dispatch sort_pairs(Context& c, const Experts& e, int tile_rows) {
 
 Chosen choose(Context& c, const Experts& e) {
   const int64_t most = std::min(e.experts, e.n * e.top_k);
-  const Planes in = allocate_planes(c, 0, e.n, e.width, e.precision);
+  const Planes in = allocate_planes(c, 0, e.n, e.width, e.precision, Order::lanes);
   int32_t* chosen = c.scratch[2].get<int32_t>(1 + most);
   float* factor = c.scratch[3].get<float>((most + 1) * e.n);
   const int64_t blocks = ceil_div<int64_t>(e.n * (in.stride / 4), threads) + 1;

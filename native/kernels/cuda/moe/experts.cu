@@ -31,11 +31,7 @@ struct Paths {
       gate[int(path_of(x.gate))] = down[int(path_of(x.down))] = true;
     }
   }
-  bool only_codes() const {
-    for (const Path p : {Path::bf16, Path::scalar})
-      if (gate[int(p)] || down[int(p)]) return false;
-    return true;
-  }
+  bool has(Path p) const { return gate[int(p)] || down[int(p)]; }
 };
 
 bool tensor(const bool (&paths)[3]) { return paths[int(Path::codes)] || paths[int(Path::bf16)]; }
@@ -66,7 +62,8 @@ void run_few(Context& c, const Experts& e) {
   s.channels = e.hidden, s.shared_channels = e.shared_hidden;
   s.in = chosen.in;
   s.slices = s.shared_slices = 1;
-  s.hidden = allocate_planes(c, 4, (chosen.most + 1) * e.n, std::max(e.hidden, e.shared ? e.shared_hidden : 0), e.precision);
+  s.hidden = allocate_planes(c, 4, (chosen.most + 1) * e.n, std::max(e.hidden, e.shared ? e.shared_hidden : 0), e.precision,
+                             Order::lanes);
   multiply_stream(c, s);
 
   s.role = Role::down;
@@ -102,7 +99,7 @@ void run_many(Context& c, const Experts& e, const Paths& paths) {
   const int64_t slots = e.n * e.top_k, pairs = slots + (e.shared ? e.n : 0),
                 widest = std::max(e.hidden, e.shared ? e.shared_hidden : 0);
   Product p{};
-  p.tile_rows = slots <= 40 * e.experts ? 16 : 64;  // by the pairs of an expert
+  p.tile_rows = tile_rows_for(c, !paths.has(Path::scalar), ceil_div(slots, e.experts));
   const Dispatch d = sort_pairs(c, e, p.tile_rows);
   p.n = e.n, p.list = e.list, p.routed = e.experts;
   p.begin = d.begin, p.first_tile = d.first_tile, p.tokens = d.tokens;
@@ -111,9 +108,9 @@ void run_many(Context& c, const Experts& e, const Paths& paths) {
 
   p.role = Role::gate_up;
   p.cols = e.width, p.channels = e.hidden, p.shared_channels = e.shared ? e.shared_hidden : 0;
-  if (tensor(paths.gate)) p.in = split_planes(c, 0, e.x, e.n, e.width, e.precision);
+  if (tensor(paths.gate)) p.in = split_planes(c, 0, e.x, e.n, e.width, e.precision, Order::channels);
   p.x = e.x, p.x_stride = e.width;
-  if (tensor(paths.down)) p.hidden = allocate_planes(c, 4, pairs, widest, e.precision);
+  if (tensor(paths.down)) p.hidden = allocate_planes(c, 4, pairs, widest, e.precision, Order::channels);
   p.hidden_stride = widest;
   if (paths.down[int(Path::scalar)]) p.hidden_f32 = c.scratch[6].get<float>(pairs * widest);
   for (const Path path : {Path::codes, Path::bf16, Path::scalar}) {
@@ -151,7 +148,7 @@ void experts(Context& c, const Experts& all) {
     e.n = std::min(most_tokens, all.n - first);
     e.x += first * e.width, e.out += first * e.width;
     e.weights += first * e.top_k, e.indices += first * e.top_k;
-    if (paths.only_codes() && e.n <= stream_rows && e.n * e.top_k <= most_slots)
+    if (!paths.has(Path::bf16) && !paths.has(Path::scalar) && e.n <= stream_rows && e.n * e.top_k <= most_slots)
       run_few(c, e);
     else
       run_many(c, e, paths);

@@ -188,7 +188,7 @@ inline cudaError_t cudaGetDeviceCount(int* n) { return *n = 1, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int d) { return d == 0 ? cudaSuccess : cudaErrorInvalidValue; }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
   std::strcpy(p->name, "emulation");
-  p->major = 8, p->minor = 0, p->multiProcessorCount = 4;
+  p->major = 9, p->minor = 0, p->multiProcessorCount = 4;
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* v, int, int) { return *v = 4, cudaSuccess; }

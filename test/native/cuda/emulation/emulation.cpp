@@ -7,6 +7,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <cmath>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -20,8 +22,20 @@ thread_local Queue* capturing = nullptr;
 namespace {
 
 constexpr size_t stack_bytes = 96 * 1024, slot_bytes = 64;
+constexpr size_t dynamic_offset = 128;  // of dynamic memory in a block's: aligned no better than a GPU promises
 
-enum class State { fresh, ready, at_warp, at_block, ended };
+enum class State { fresh, ready, at_warp, at_block, at_part, at_signal, ended };
+
+struct Signal {
+  uint16_t count, missing;
+  uint32_t phase;
+};
+static_assert(sizeof(Signal) == sizeof(uint64_t));
+
+struct Queued {
+  float* registers;
+  Work work;
+};
 
 struct Copy {
   void* to;
@@ -38,6 +52,14 @@ struct Fiber {
   int number = 0;
   std::vector<Copy> open;                 // copies not yet committed
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
+  std::vector<Copy> arrived;              // but not published
+  std::vector<Queued> open_work;
+  std::vector<std::vector<Queued>> work;
+  std::map<float*, std::vector<float>> registers;  // what those of work under way hold
+  bool fenced = false;
+  int part = 0, part_threads = 0;  // at_part
+  const uint64_t* signal = nullptr;  // at_signal
+  int parity = 0;
 };
 
 struct Block {
@@ -46,6 +68,8 @@ struct Block {
   std::vector<std::unique_ptr<Fiber>> fibers;  // kept from launch to launch
   int count = 0;
   std::vector<unsigned char> shared;
+  std::vector<unsigned char> published;  // the same as the tensor cores see it
+  bool hopper = false;                   // instructions that only Hopper has were used
   std::vector<unsigned char> slots;  // (warps, 32, slot_bytes)
   Fiber* current = nullptr;
   ucontext_t scheduler;
@@ -56,13 +80,23 @@ struct Block {
 
 std::mutex one_launch;
 
+unsigned char* window() { return (unsigned char*)((uintptr_t(block.shared.data()) + 1023) / 1024 * 1024); }
+
 void finish(std::vector<Copy>& copies) {
-  for (const Copy& c : copies)
+  for (const Copy& c : copies) {
     if (c.from)
       std::memcpy(c.to, c.from, c.bytes);
     else
       std::memset(c.to, 0, c.bytes);
+    block.current->arrived.push_back(c);
+  }
   copies.clear();
+}
+
+bool passed(const uint64_t* signal, int parity) {
+  Signal s;
+  std::memcpy(&s, signal, sizeof s);
+  return int(s.phase & 1) != parity;
 }
 
 void enter() {
@@ -70,7 +104,9 @@ void enter() {
   Fiber& f = *block.current;
   finish(f.open);
   for (auto& g : f.groups) finish(g);
-  f.groups.clear();
+  f.groups.clear(), f.arrived.clear();
+  if (!f.open_work.empty() || !f.work.empty()) fail("a thread ended before its products");
+  f.open_work.clear(), f.work.clear(), f.registers.clear();
   f.state = State::ended;
   _longjmp(block.back, 1);
 }
@@ -121,7 +157,8 @@ bool release_warp(int w) {
 }
 
 bool run_ready(Fiber& f) {
-  const bool ready = f.state == State::fresh || f.state == State::ready;
+  const bool ready = f.state == State::fresh || f.state == State::ready ||
+                     (f.state == State::at_signal && passed(f.signal, f.parity));
   if (ready) resume(f);
   return ready;
 }
@@ -146,11 +183,30 @@ bool run_all(const std::vector<int>& sequence) {
   return ran;
 }
 
+// Barriers of some of the block's threads.
+bool release_parts() {
+  bool released = false;
+  for (int i = 0; i < block.count; i++) {
+    const Fiber& first = *block.fibers[size_t(i)];
+    if (first.state != State::at_part) continue;
+    const int part = first.part, threads = first.part_threads;
+    std::vector<Fiber*> there;
+    for (int j = i; j < block.count; j++)
+      if (Fiber& f = *block.fibers[size_t(j)]; f.state == State::at_part && f.part == part) there.push_back(&f);
+    if (int(there.size()) < threads) continue;
+    for (Fiber* f : there) f->state = State::ready;
+    released = true;
+  }
+  return released;
+}
+
 void run_block(const std::vector<int>& sequence) {
   const char* how = std::getenv("EAC_EMULATION_ORDER");
   const bool forwards = how && !std::strcmp(how, "warps"), backwards = how && !std::strcmp(how, "warps-reverse");
   for (;;) {
-    const bool ran = forwards || backwards ? run_warps(backwards) : run_all(sequence);
+    bool ran = forwards || backwards ? run_warps(backwards) : run_all(sequence);
+    ran |= release_parts();
+    if (block.error) return;
     int waiting = 0, live = 0;
     for (int i = 0; i < block.count; i++) {
       waiting += block.fibers[size_t(i)]->state == State::at_block;
@@ -175,10 +231,33 @@ Index thread_index() { return block.current->index; }
 Index block_index() { return block.index; }
 Size block_size() { return block.size; }
 Size grid_size() { return block.grid; }
-unsigned char* dynamic_memory() { return (unsigned char*)((uintptr_t(block.shared.data()) + 127) / 128 * 128); }
+unsigned char* dynamic_memory() { return window() + dynamic_offset; }
+uint32_t shared_address(const void* p) { return uint32_t(static_cast<const unsigned char*>(p) - window()); }
+const unsigned char* published(uint32_t address) { return block.published.data() + std::min<size_t>(address, block.published.size() - 16); }
 void barrier_block() { wait(State::at_block); }
 void barrier_warp() { wait(State::at_warp); }
+void barrier_of(int number, int threads) {
+  block.current->part = number, block.current->part_threads = threads;
+  wait(State::at_part);
+}
 int lane() { return block.current->number % 32; }
+
+void signal_create(uint64_t* signal, int count) {
+  block.hopper = true;
+  const Signal s{uint16_t(count), uint16_t(count), 0};
+  std::memcpy(signal, &s, sizeof s);
+}
+void signal_arrive(uint64_t* signal) {
+  Signal s;
+  std::memcpy(&s, signal, sizeof s);
+  if (--s.missing == 0) s.missing = s.count, s.phase++;
+  std::memcpy(signal, &s, sizeof s);
+}
+void signal_wait(uint64_t* signal, int parity) {
+  if (passed(signal, parity)) return;
+  block.current->signal = signal, block.current->parity = parity;
+  wait(State::at_signal);
+}
 
 uint32_t live_lanes() {
   uint32_t live = 0;
@@ -213,13 +292,55 @@ void wait_copies(int groups) {
   }
 }
 
+void publish_shared() {
+  for (const Copy& c : block.current->arrived)
+    std::memcpy(block.published.data() + shared_address(c.to), c.to, c.bytes);
+  block.current->arrived.clear();
+}
+
+void queue_work(float* registers, int n, Work work) {
+  Fiber& f = *block.current;
+  if (!f.fenced) fail("a product before its fence");
+  f.registers.try_emplace(registers, registers, registers + n);
+  std::fill(registers, registers + n, NAN);
+  f.open_work.push_back({registers, std::move(work)});
+}
+void commit_work() {
+  Fiber& f = *block.current;
+  f.work.push_back(std::move(f.open_work));
+  f.open_work.clear();
+}
+void wait_work(int groups) {
+  Fiber& f = *block.current;
+  std::map<float*, int> left;
+  for (const auto& group : f.work)
+    for (const Queued& q : group) left[q.registers]++;
+  while (int(f.work.size()) > groups) {
+    const std::vector<Queued> group = std::move(f.work.front());
+    f.work.erase(f.work.begin());
+    for (const Queued& q : group) {
+      std::vector<float>& held = f.registers.at(q.registers);
+      q.work(held.data());
+      if (--left[q.registers] > 0) continue;
+      std::copy(held.begin(), held.end(), q.registers);
+      f.registers.erase(q.registers);
+    }
+  }
+  f.fenced = false;
+}
+void fence_work() { block.current->fenced = true; }
+void fail(const char* why) {
+  if (!block.error) block.error = why;
+}
+
 const char* run(Size grid, Size size, size_t shared, const std::function<void()>& body) {
   const std::lock_guard lock(one_launch);
   const size_t threads = size_t(size.x) * size.y * size.z;
   if (threads < 1 || threads > 1024 || size.z > 64) return "more threads a block than there may be";
   if (grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu) return "more blocks than there may be";
-  if (shared > 96 * 1024) return "more than 96 KB of shared memory, which some GPUs lack";
+  if (shared > 227 * 1024) return "more shared memory than there is";
   block.grid = grid, block.size = size, block.count = int(threads), block.body = &body, block.error = nullptr;
+  block.hopper = false;
   while (block.fibers.size() < threads) block.fibers.push_back(std::make_unique<Fiber>());
   block.slots.resize((threads + 31) / 32 * 32 * slot_bytes);
   const std::vector<int> sequence = order(block.count);
@@ -227,7 +348,8 @@ const char* run(Size grid, Size size, size_t shared, const std::function<void()>
     for (unsigned y = 0; y < grid.y; y++)
       for (unsigned x = 0; x < grid.x && !block.error; x++) {
         block.index = {x, y, z};
-        block.shared.assign(shared + 256, 0xff);
+        block.shared.assign(dynamic_offset + shared + 1024, 0xff);
+        block.published.assign(dynamic_offset + shared, 0xff);
         for (int i = 0; i < block.count; i++) {
           Fiber& f = *block.fibers[size_t(i)];
           f.state = State::fresh, f.number = i;
@@ -235,6 +357,7 @@ const char* run(Size grid, Size size, size_t shared, const std::function<void()>
         }
         run_block(sequence);
       }
+  if (shared > 96 * 1024 && !block.hopper) fail("more than 96 KB of shared memory, which some GPUs lack");
   return block.error;
 }
 

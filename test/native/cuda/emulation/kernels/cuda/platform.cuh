@@ -95,4 +95,78 @@ inline uint4 load_once(const uint4* p) { return *p; }
 inline uint2 load_once(const uint2* p) { return *p; }
 inline uint32_t load_once(const uint32_t* p) { return *p; }
 
+inline uint32_t shared_address(const void* p) { return emulation::shared_address(p); }
+
+inline constexpr bool has_wgmma = true;
+inline void signal_create(uint64_t* signal, int count) { emulation::signal_create(signal, count); }
+inline void signal_arrive(uint64_t* signal) { emulation::signal_arrive(signal); }
+inline void signal_wait(uint64_t* signal, int parity) { emulation::signal_wait(signal, parity); }
+template <int number, int threads> void barrier_of() { emulation::barrier_of(number, threads); }
+inline void publish_shared() { emulation::publish_shared(); }
+template <int n> void give_registers() {}
+template <int n> void take_registers() {}
+
+inline uint64_t wgmma_rows(uint32_t address) {
+  return uint64_t(1) << 62 | uint64_t(1024 / 16) << 32 | uint64_t(1) << 16 | (address & 0x3ffff) >> 4;
+}
+inline constexpr uint64_t wgmma_step = 32 / 16;
+
+namespace emulated {
+// PTX ISA "Matrix descriptor", operands by rows: the chunk of 16 bytes (8 columns) of a row that a descriptor describes.
+inline const uint16_t* described(uint64_t descriptor, int row, int chunk) {
+  constexpr uint32_t row_bytes[] = {16, 128, 64, 32}, swizzled_bits[] = {0, 3, 2, 1};
+  const auto field = [&](int bit) { return uint32_t(descriptor >> bit & 0x3fff) * 16; };
+  const int mode = int(descriptor >> 62);
+  if (descriptor >> 49 & 7) emulation::fail("a descriptor with a base offset");
+  const uint32_t columns = uint32_t(chunk) * (mode == 0 ? field(16) : 16);
+  const uint32_t at = field(0) + uint32_t(row / 8) * field(32) + uint32_t(row % 8) * row_bytes[mode] + columns;
+  const uint32_t exchanged = at >> 7 & ((1u << swizzled_bits[mode]) - 1);
+  return reinterpret_cast<const uint16_t*>(emulation::published(at ^ exchanged << 4));
+}
+inline void load_rows(float (&v)[16], uint64_t descriptor, int row) {
+  for (int k = 0; k < 16; k++) v[k] = bf16_to_f32(described(descriptor, row, k / 8)[k % 8]);
+}
+
+// The rows lane / 4 and lane / 4 + 8 of the warp's 16.
+struct RowsOfA {
+  float v[2][16];
+  explicit RowsOfA(const uint32_t (&a)[4]) {
+    const Held<uint32_t, 4> as(a);
+    for (int h = 0; h < 2; h++)
+      for (int k = 0; k < 16; k++) v[h][k] = half_of(as.v[emulation::lane() / 4 * 4 + k % 8 / 2][k / 8 * 2 + h], k % 2);
+  }
+  explicit RowsOfA(uint64_t descriptor) {
+    const int warp = int(threadIdx.x) / 32 % 4;
+    for (int h = 0; h < 2; h++) load_rows(v[h], descriptor, warp * 16 + emulation::lane() / 4 + h * 8);
+  }
+};
+
+// Done when it is waited for: registers of a that are overwritten before, show.
+template <int n, class RowsOf> void wgmma(float (&registers)[n], RowsOf rows_of, uint64_t b, bool add) {
+  emulation::queue_work(registers, n, [rows_of, b, add](float* d) {
+    const RowsOfA rows = rows_of();
+    for (int i = 0; i < n; i++) {
+      if (i % 4 > 1) continue;
+      float column[16];
+      load_rows(column, b, i / 4 * 8 + emulation::lane() % 4 * 2 + i % 2);
+      for (int h = 0; h < 2; h++) {
+        float sum = add ? d[i + 2 * h] : 0;
+        for (int k = 0; k < 16; k++) sum = std::fma(rows.v[h][k], column[k], sum);
+        d[i + 2 * h] = sum;
+      }
+    }
+  });
+}
+}  // namespace emulated
+inline void wgmma_fence() { emulation::fence_work(); }
+inline void wgmma_commit() { emulation::commit_work(); }
+template <int n> void wgmma(float (&d)[n], const uint32_t (&a)[4], uint64_t b, bool add) {
+  emulated::wgmma(d, [&a] { return emulated::RowsOfA(a); }, b, add);
+}
+template <int n> void wgmma(float (&d)[n], uint64_t a, uint64_t b) {
+  emulated::wgmma(d, [a] { return emulated::RowsOfA(a); }, b, true);
+}
+template <int n> void wgmma_wait() { emulation::wait_work(n); }
+template <int n> void wgmma_done(float (&)[n]) { emulation::wait_work(0); }
+
 }  // namespace eac::cuda
