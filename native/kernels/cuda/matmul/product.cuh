@@ -57,6 +57,7 @@ struct Tile {
   const Expert* expert;  // null: plain
   int64_t channel, channels, pair;
   int rows;
+  const float* bias[2] = {};  // of gate and up, or of down; may be null
 };
 
 inline int64_t slabs_of(int64_t channels, int64_t slab) { return ceil_div(channels, slab); }
@@ -93,6 +94,10 @@ __device__ __forceinline__ bool find_tile(const Product& p, int slab, Tile& tile
   const int64_t pair = p.begin[e] + i % tiles * tile_rows;
   tile = {p.list + e, i / tiles * slab, e < p.routed ? p.channels : p.shared_channels, pair,
           int(min(tile_rows, p.begin[e + 1] - pair))};
+  if (p.role == Role::down)
+    tile.bias[0] = tile.expert->down_bias;
+  else
+    tile.bias[0] = tile.expert->gate_bias, tile.bias[1] = tile.expert->up_bias;
   return path_of(p.role == Role::down ? tile.expert->down : tile.expert->gate) == p.path;
 }
 
@@ -108,7 +113,7 @@ __device__ __forceinline__ int64_t input_row(const Product& p, int64_t pair) { r
 __device__ __forceinline__ void store_out(const Product& p, const Tile& t, int row, int64_t channel, float v) {
   if (blockIdx.y == 0) {
     if (p.bias) v += load_float(p.bias_storage, p.bias, channel);
-    if (t.expert && t.expert->down_bias) v += t.expert->down_bias[channel];
+    if (t.bias[0]) v += t.bias[0][channel];
   }
   float* to = p.out + blockIdx.y * p.slice_stride + (t.pair + row) * p.channels + channel;
   *to = p.add ? *to + v : v;
@@ -117,8 +122,8 @@ __device__ __forceinline__ void store_out(const Product& p, const Tile& t, int r
 // Channels from t.channels on are padding: zeros, which the planes need up to whole units.
 __device__ __forceinline__ void store_hidden(const Product& p, const Tile& t, int row, int64_t channel, float gate, float up) {
   const bool real = channel < t.channels;
-  if (real && t.expert->gate_bias) gate += t.expert->gate_bias[channel];
-  if (real && t.expert->up_bias) up += t.expert->up_bias[channel];
+  if (real && t.bias[0]) gate += t.bias[0][channel];
+  if (real && t.bias[1]) up += t.bias[1][channel];
   const float v = real ? glu_value(p.activation, gate, up) : 0.f;
   if (p.hidden.high && channel < (t.channels + unit_cols - 1) / unit_cols * unit_cols)
     store_split(p.hidden, t.pair + row, channel, v);

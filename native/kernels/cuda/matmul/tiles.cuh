@@ -15,17 +15,18 @@ __device__ __forceinline__ int swizzled(int row, int chunk) { return row * 128 +
 // first, then the up matrix's.
 inline constexpr int result_stride = tile_slab + 4;
 
-// What they are for, and where to. The first tile_threads of the block.
+// What they are for, and where to. The first tile_threads of the block; a warp writes whole rows.
 __device__ __forceinline__ void write_tile(const Product& p, const Tile& t, const float* result) {
-  if (p.role == Role::gate_up) {
-    for (int i = threadIdx.x; i < t.rows * (tile_slab / 2); i += tile_threads) {
-      const float* from = result + i / (tile_slab / 2) * result_stride + i % (tile_slab / 2);
-      store_hidden(p, t, i / (tile_slab / 2), t.channel + i % (tile_slab / 2), from[0], from[tile_slab / 2]);
-    }
-  } else {
-    for (int i = threadIdx.x; i < t.rows * tile_slab; i += tile_threads) {
-      const int64_t channel = t.channel + i % tile_slab;
-      if (channel < t.channels) store_out(p, t, i / tile_slab, channel, result[i / tile_slab * result_stride + i % tile_slab]);
+  const int lane = threadIdx.x % 32;
+  for (int row = threadIdx.x / 32; row < t.rows; row += tile_threads / 32) {
+    const float* from = result + row * result_stride + lane;
+    if (p.role == Role::gate_up) {
+#pragma unroll
+      for (int i = 0; i < tile_slab / 2; i += 32) store_hidden(p, t, row, t.channel + i + lane, from[i], from[tile_slab / 2 + i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < tile_slab; i += 32)
+        if (t.channel + i + lane < t.channels) store_out(p, t, row, t.channel + i + lane, from[i]);
     }
   }
 }

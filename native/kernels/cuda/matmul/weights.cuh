@@ -87,7 +87,7 @@ __device__ __forceinline__ uint32_t code_minus_zero(const Codes<bits>& codes, co
   if constexpr (bits == 3 && pair == 15)
     v = (codes.word[0] >> 15 & both) | (codes.word[1] >> 14 & 2 * both) | (codes.word[2] >> 13 & 4 * both) | 0x4300u * both;
   else
-    v = (codes.word[place_of<bits>(pair).word] >> shift & (mask << at) * both) | 0x4300u * both;
+    v = and_or(codes.word[place_of<bits>(pair).word] >> shift, (mask << at) * both, 0x4300u * both);
   constexpr uint32_t exponent = uint32_t(at) << 7;
   return fma_bf16(v, (0x3f80u - exponent) * both, zero[pair % 2] << at | (0xc300u - exponent) * both);
 }

@@ -27,6 +27,7 @@ inline uint32_t pack_bf16(float low, float high) { return uint32_t(f32_to_bf16(l
 inline uint32_t fma_bf16(uint32_t a, uint32_t b, uint32_t c) {
   return pack_bf16(std::fma(bf16_low(a), bf16_low(b), bf16_low(c)), std::fma(bf16_high(a), bf16_high(b), bf16_high(c)));
 }
+inline uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) { return (a & mask) | bits; }
 inline float half_to_float(uint16_t h) { return f16_to_f32(h); }
 inline uint16_t float_to_half(float f) { return f32_to_f16(f); }
 
