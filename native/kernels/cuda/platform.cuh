@@ -155,25 +155,18 @@ template <int n> __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(n));
 }
 
-// How wgmma finds rows of 64 bf16 (128 bytes) in shared memory: eight rows follow each other in 1024 bytes, aligned to as much, chunks of 16 bytes
-// exchanged (chunk c of row r lies at c ^ (r & 7)), and so on. `address`: where row 0 has the first of the instruction's 16 columns.
-// Bits 0-13 address / 16, 16-29 unused with this swizzle, 32-45 bytes from eight rows to the next / 16, 62-63 the swizzle: 1, of 128 bytes.
-__device__ __forceinline__ uint64_t wgmma_rows(uint32_t address) {
-  return uint64_t(1) << 62 | uint64_t(1024 / 16) << 32 | uint64_t(1) << 16 | (address & 0x3ffff) >> 4;
-}
-inline constexpr uint64_t wgmma_step = 32 / 16;  // added to wgmma_rows(): the next 16 columns
-
-// A warpgroup: d = a b, or d += a b, asynchronously. a (64 × 16 bf16): rows 16 w .. 16 w + 15 in warp w as in mma_bf16, or in shared memory;
-// b (16 × n): the rows of wgmma_rows() are its columns. d (64 × n f32) in warp w as n / 8 tiles of mma_bf16.
+// A warpgroup: d = a b, or d += a b, asynchronously. a (64 × 16 bf16): rows 16 w .. 16 w + 15 in warp w as in mma_bf16, or in shared memory, by rows;
+// b (16 × n) in shared memory, by columns: where, matrix descriptors say. d (64 × n f32) in warp w as n / 8 tiles of mma_bf16.
 // wgmma_fence() comes before a product if a or d have been touched; they must not be until wgmma_wait() with them.
 #define EAC_D8(d, i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define EAC_D32(d, i) EAC_D8(d, i), EAC_D8(d, i + 8), EAC_D8(d, i + 16), EAC_D8(d, i + 24)
 #define EAC_D32_NAMES \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define EAC_D64_NAMES                                                                                                     \
-  EAC_D32_NAMES ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56," \
-                "%57,%58,%59,%60,%61,%62,%63"
+#define EAC_D64_NAMES                                                                                         \
+  EAC_D32_NAMES                                                                                               \
+      ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56," \
+      "%57,%58,%59,%60,%61,%62,%63"
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool add) {

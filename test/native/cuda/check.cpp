@@ -38,7 +38,24 @@ Device::Device() : table(*eac_moe_cuda()) {
   (*this)(table.open(0, &context));
   (*this)(table.describe(0, &info));
 }
-Device::~Device() { table.close(context); }
+Device::~Device() {
+  table.close(context);
+  if (without_wgmma_) table.close(without_wgmma_);
+}
+void Device::each_path(const std::function<void(const std::string& path)>& f) {
+  f("");
+  if (info.major != 9) return;
+  if (!without_wgmma_) {
+    setenv("EAC_MOE_CUDA_WGMMA", "0", 1);
+    (*this)(table.open(0, &without_wgmma_));
+    unsetenv("EAC_MOE_CUDA_WGMMA");
+  }
+  synchronize();  // the paths' streams do not wait for each other
+  std::swap(context, without_wgmma_);
+  f(", mma.sync");
+  synchronize();
+  std::swap(context, without_wgmma_);
+}
 void Device::operator()(Status status) const {
   if (status != Status::ok) throw std::runtime_error(context ? table.error(context) : "the device could not be opened");
 }

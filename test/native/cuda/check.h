@@ -21,6 +21,8 @@ class Device {
   const Table& table;
   Context* context = nullptr;
   DeviceInfo info{};
+  // Runs f, and on Hopper once more as GPUs before it would: without wgmma. `path` is for names.
+  void each_path(const std::function<void(const std::string& path)>& f);
   bool emulated() const { return std::string(info.name) == "emulation"; }
   // Leave out what takes long: under emulation or compute-sanitizer.
   bool slow() const { return emulated() || std::getenv("EAC_MOE_TEST_SMALL"); }
@@ -30,6 +32,9 @@ class Device {
   void synchronize() const { (*this)(table.synchronize(context)); }
   // Seconds of one call of `f`: the median over repetitions of many queued calls.
   double time(const std::function<void()>& f) const;
+
+ private:
+  Context* without_wgmma_ = nullptr;
 };
 Device& device();
 

@@ -119,15 +119,18 @@ void check_case(const Case& c) {
   const Layer layer(c);
   const Choice choice = choose(c);
   const std::vector<float> x = normal(size_t(c.n * c.width), 1), before = normal(x.size(), 2);
-  const Buffer<float> in(x), weights(choice.weights), out = c.add ? Buffer<float>(before) : Buffer<float>(x.size());
+  const Buffer<float> in(x), weights(choice.weights);
   const Buffer<int32_t> indices(choice.indices);
-  const Experts e = call_of(c, layer, in, weights, indices, out);
-  device()(device().table.experts(device().context, &e));
   std::vector<float> want = before;
   run_experts_reference(x.data(), c.n, c.width, choice.weights.data(), choice.indices.data(), c.top_k, layer.host(c),
                         c.add ? 1.0f : 0.0f, want.data(), Activations::f32);
-  // Fast: inputs and hidden values rounded to 8 bits.
-  close(name_of(c), out.read(), {want.begin(), want.end()}, c.precision == Precision::fast ? 2e-2 : 4e-5);
+  device().each_path([&](const std::string& path) {
+    const Buffer<float> out = c.add ? Buffer<float>(before) : Buffer<float>(x.size());
+    const Experts e = call_of(c, layer, in, weights, indices, out);
+    device()(device().table.experts(device().context, &e));
+    // Fast: inputs and hidden values rounded to 8 bits.
+    close(name_of(c) + path, out.read(), {want.begin(), want.end()}, c.precision == Precision::fast ? 2e-2 : 4e-5);
+  });
 }
 
 void check_experts() {
@@ -162,6 +165,10 @@ void check_experts() {
   check_case({"int4, one expert has all", 150, 64, 40, 1, 1, {4}, 64, Precision::exact, 0, false, true});
   check_case({"int2, slices", 10, 64, 2400, 2, 1, {2}, 128});
   check_case({"int4, many experts", 20, 64, 32, 300, 3, {4}, 32, Precision::exact, 32, true});
+  // Tiles of 128 pairs: gate and up of different bits, both widths of a tile, groups that end within units.
+  check_case({"int2, int3, int4, biases", 120, 96, 144, 2, 2, {4, 3, 2, 3, 2, 4}, 32, fast, 0, false, true, true});
+  check_case({"int3, shared, gated, added", 150, 130, 200, 2, 1, {3}, 128, Precision::exact, 72, true, false, false, true});
+  check_case({"bf16, int4 down", 130, 72, 136, 1, 1, {16, 16, 4}, 64, fast, 0, false, true});
   // Dense, and dense among quantized.
   check_case({"bf16, shared, gated", 1, 72, 96, 4, 2, {16}, 0, Precision::exact, 64, true});
   check_case({"bf16, biases", 70, 136, 72, 2, 2, {16}, 0, fast, 0, false, true, true, false, gelu});
@@ -192,7 +199,10 @@ void time_experts() {
           for (int64_t i = 0; i < n * c.top_k; i++) used[size_t(choice.indices[size_t(i)])] = true;
           const double products = double(n) * (double(c.top_k * c.hidden) + double(c.shared_hidden));
           const Cost cost = n <= 32 ? Cost{.bytes = layer.bytes(used)} : Cost{.operations = 6.0 * products * double(c.width)};
-          timed(name_of(c), cost, [&] { device()(device().table.experts(device().context, &e)); });
+          const auto run = [&](const std::string& path) {
+            timed(name_of(c) + path, cost, [&] { device()(device().table.experts(device().context, &e)); });
+          };
+          n >= 128 ? device().each_path(run) : run("");
         }
     }
 }

@@ -25,10 +25,7 @@ void check_case(const Case& c) {
   const std::vector<float> x = normal(size_t(c.n * c.cols), 1), before = normal(size_t(c.n * c.rows), 2);
   const Tensor bias = random_matrix(1, c.rows, c.kind == 32 ? DType::f32 : DType::bf16, 3);
   const DeviceMatrix device_bias{Matrix(bias)};
-  const Buffer<float> in(x), out = c.add ? Buffer<float>(before) : Buffer<float>(before.size());
-  const Linear l{in,    c.n,         w.weight, device_bias.weight.storage, c.bias ? device_bias.weight.data : nullptr,
-                 c.add, c.precision, out};
-  device()(device().table.linear(device().context, &l));
+  const Buffer<float> in(x);
   // Fast products round activations, and nothing else; f32 and f16 weights always multiply in f32. bf16 weights with few rows, too.
   const bool rounds = c.precision == Precision::fast && (c.kind <= 4 || (c.kind == 16 && c.n > 8 && c.cols % 8 == 0));
   // Exact ones keep 17 bits of them on the tensor cores.
@@ -36,7 +33,13 @@ void check_case(const Case& c) {
   std::vector<float> want = before;
   linear_reference((rounds ? rounded(x) : x).data(), c.cols, c.n, w.host, c.bias ? &bias : nullptr, c.add ? 1.0f : 0.0f,
                    want.data(), c.rows);
-  close("linear " + name_of(c), out.read(), {want.begin(), want.end()}, splits ? 2e-5 : 4e-6);
+  device().each_path([&](const std::string& path) {
+    const Buffer<float> out = c.add ? Buffer<float>(before) : Buffer<float>(before.size());
+    const Linear l{in,    c.n,         w.weight, device_bias.weight.storage, c.bias ? device_bias.weight.data : nullptr,
+                   c.add, c.precision, out};
+    device()(device().table.linear(device().context, &l));
+    close("linear " + name_of(c) + path, out.read(), {want.begin(), want.end()}, splits ? 2e-5 : 4e-6);
+  });
 }
 
 void check_linear() {
@@ -54,6 +57,9 @@ void check_linear() {
       check_case(c);
     check_case({bits, 16, 48, 1100, 128, fast, true, true});
     check_case({bits, 70, 300, 320, 64, fast, true, false, true});
+    // More than one tile of 128 rows, more stages than there are at a time, slices, groups that end within units.
+    check_case({bits, 200, 130, 640, 32, fast, true, true});
+    check_case({bits, 128, 20, 1100, 96});
   }
   for (const int kind : {16, 17, 32}) {
     for (const Case& c :
@@ -63,6 +69,7 @@ void check_linear() {
     for (const Case& c : {Case{kind, 9, 70, 72}, Case{kind, 33, 129, 200}, Case{kind, 65, 60, 61}, Case{kind, 12, 33, 1100}})
       check_case(c);
     check_case({kind, 70, 260, 136, 0, fast, true, true});
+    check_case({kind, 150, 140, 456, 0, exact});
     check_case({kind, 20, 16, 64, 0, exact, true, false});
   }
 }
@@ -73,8 +80,11 @@ void time_linear() {
     const Buffer<float> in(normal(size_t(n * cols), 1)), out(size_t(n * rows));
     const Linear l{in, n, w.weight, Storage::f32, nullptr, false, precision, out};
     const Cost cost = n <= 8 ? Cost{.bytes = w.bytes()} : Cost{.operations = 2.0 * double(n) * double(rows) * double(cols)};
-    timed("linear " + name_of({kind, n, rows, cols, 128, precision}), cost,
-          [&] { device()(device().table.linear(device().context, &l)); });
+    const auto run = [&](const std::string& path) {
+      timed("linear " + name_of({kind, n, rows, cols, 128, precision}) + path, cost,
+            [&] { device()(device().table.linear(device().context, &l)); });
+    };
+    kind <= 16 && n >= 128 ? device().each_path(run) : run("");
   };
   for (const int bits : {2, 3, 4})
     for (const int64_t n : {1, 8, 32, 512, 4096}) {

@@ -33,7 +33,8 @@ int64_t tile_slices(const Context& c, const Product& p, int64_t pairs) {
   const int64_t slots = c.multiprocessors * (scalar ? 4 : p.tile_rows == 16 ? 2 : 1);  // blocks that run at a time
   const int64_t slab = scalar ? scalar_slab : tile_slab;
   // An expert's last tile is there every other time.
-  const int64_t blocks = most_tiles(p, pairs, slab) - (p.role == Role::plain ? 0 : std::min(pairs, p.routed) / 2 * slabs_of(p.channels, slab));
+  const int64_t blocks =
+      most_tiles(p, pairs, slab) - (p.role == Role::plain ? 0 : std::min(pairs, p.routed) / 2 * slabs_of(p.channels, slab));
   const auto time = [&](int64_t slices) { return double(ceil_div(blocks * slices, slots)) / double(slices); };
   int64_t best = 1;
   // A slice costs writing and adding sums: it has to be worth it, and long enough.

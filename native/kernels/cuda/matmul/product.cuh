@@ -137,9 +137,9 @@ int64_t tile_slices(const Context& c, const Product& p, int64_t pairs);
 // The launch of p.path; pairs: all of the routed experts, at most.
 void multiply_product(Context& c, const Product& p, int64_t pairs);
 // Its parts.
-inline constexpr int tile_slab = 256, scalar_slab = 64;             // channels of a block
-void multiply_tiles(Context& c, const Product& p, int64_t pairs);   // tiles.cu: codes, bf16
+inline constexpr int tile_slab = 256, scalar_slab = 64;                      // channels of a block
+void multiply_tiles(Context& c, const Product& p, int64_t pairs);            // tiles.cu: codes, bf16
 void multiply_warpgroup_tiles(Context& c, const Product& p, int64_t pairs);  // warpgroup_tiles.cu: the same with wgmma
-void multiply_scalar(Context& c, const Product& p, int64_t pairs);  // scalar.cu
+void multiply_scalar(Context& c, const Product& p, int64_t pairs);           // scalar.cu
 
 }  // namespace eac::cuda

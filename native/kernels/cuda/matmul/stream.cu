@@ -107,9 +107,9 @@ __device__ __forceinline__ void multiply_unit(const Units<bits, groups>& units, 
   for (int half = 0; half < 2; half++) {
     uint32_t a[2][4];
     if (half == 0)
-      operand<bits, 0>(codes, first, a[0]), operand<bits, 4>(codes, first, a[1]);
+      operand<bits, 0, false>(codes, first, a[0]), operand<bits, 4, false>(codes, first, a[1]);
     else
-      operand<bits, 8>(codes, second, a[0]), operand<bits, 12>(codes, second, a[1]);
+      operand<bits, 8, false>(codes, second, a[0]), operand<bits, 12, false>(codes, second, a[1]);
 #pragma unroll
     for (int t = 0; t < tiles; t++) {
       mma_bf16(sums[t][half % groups], a[0], {b[t][half].x, b[t][half].y});

@@ -5,10 +5,12 @@
 //             A ring of stages of 64 channels lies between them; a signal tells that a stage is full, another that it is empty.
 //             A chain of products, a unit or, where a group ends within one, half a unit long, has sums of its own, which are then scaled
 //             into the totals. While one warpgroup dequantizes and scales, the other one's chain has the tensor cores.
-// BOUND       Operations, as tiles.cu. A chain takes the tensor cores 256 cycles; before and after it a warp issues 60 instructions to
-//             dequantize and 64 to scale, and waits about 100 cycles for shared memory and the last products: less than the other's chain.
-//             An SM's part of the L2's bandwidth: 24 KB (128 rows, 256 channels of 4 bits) for 1024 cycles.
-//             Registers of a thread: 128 totals, 64 sums, 16 of operand a; the copying warpgroup gives some of its own.
+// BOUND       Operations, as tiles.cu; wgmma does 2048 multiply-adds a cycle and SM, mma.sync about 60 % of that. A chain takes the
+//             tensor cores 256 cycles. Between two of its chains a warp issues 45 (4 bit) to 60 instructions to dequantize and 64 to scale,
+//             and waits about 100 cycles for shared memory and the last products: less than the other warpgroup's chain takes. With 64 rows,
+//             or groups of 32, a chain is half as long, and the tensor cores wait.
+//             The L2 gives an SM 24 KB (128 rows, 256 channels of 4 bits) for 1024 cycles; bf16 weights 48 KB, which is their bound.
+//             Registers of a thread: 128 totals, 64 sums, 16 of operand a; the copying warpgroup gives up some of its own.
 #include "kernels/cuda/matmul/tiles.cuh"
 
 namespace eac::cuda {
@@ -26,6 +28,14 @@ template <int planes, bool dense> struct Shape {
   static constexpr size_t shared = 1024 + stages * stage_bytes;  // stages begin at multiples of 1024
   static_assert(stage_bytes % 1024 == 0 && stages * stage_bytes >= most_rows * result_stride * 4 && shared < 227 * 1024);
 };
+
+// PTX ISA "Matrix descriptor" of rows in a stage, from `address` on. Rows of 128 bytes, eight of them 1024 bytes, which begin at multiples of it, their
+// chunks of 16 bytes exchanged as swizzled() does. Bits 0-13: address / 16; 16-29: not used with this swizzle, 1; 32-45: bytes from eight rows to
+// the next eight / 16; 62-63: 1, this swizzle. The chunks are exchanged by bits of the address, so columns further on are an address further on.
+__device__ __forceinline__ uint64_t descriptor_of(uint32_t address) {
+  return uint64_t(1) << 62 | uint64_t(1024 / 16) << 32 | uint64_t(1) << 16 | (address & 0x3ffff) >> 4;
+}
+constexpr uint64_t next_step = 16 * 2 / 16;  // added to a descriptor: the next 16 columns
 
 struct Ring {
   unsigned char* memory;
@@ -120,8 +130,7 @@ class CodeCopies {
 // Rows of bf16 weights; a thread brings a chunk of every 16th.
 class DenseCopies {
  public:
-  __device__ __forceinline__ DenseCopies(const Product& p, const Tile& t)
-      : chunk_(threadIdx.x % 8), row_(threadIdx.x % 128 / 8) {
+  __device__ __forceinline__ DenseCopies(const Product& p, const Tile& t) : chunk_(threadIdx.x % 8), row_(threadIdx.x % 128 / 8) {
     const Weight first = matrix_of(p, t, false), second = matrix_of(p, t, true);
     const bool pair = p.role == Role::gate_up;
     cols_ = int(first.cols);
@@ -179,9 +188,8 @@ template <int rows> using Sums = float[rows / 2];
 __device__ __forceinline__ int consumer_panel(int set) { return set * set_panels + int(threadIdx.x) / 32; }
 
 // The operands of a unit.
-template <int bits>
-__device__ __forceinline__ void dequantize(const unsigned char* unit, const GroupParams& first, const GroupParams& second,
-                                           uint32_t (&a)[4][4]) {
+template <int bits> __device__ __forceinline__ void dequantize(const unsigned char* unit, const GroupParams& first,
+                                                               const GroupParams& second, uint32_t (&a)[4][4]) {
   Codes<bits> codes;
   codes.load_shared(unit, threadIdx.x % 32);
   operand<bits, 0>(codes, first, a[0]), operand<bits, 4>(codes, first, a[1]);
@@ -196,7 +204,7 @@ __device__ __forceinline__ void chain(float (&sums)[n], const uint32_t (&a)[4][4
   for (int s = begin; s < end; s++)
 #pragma unroll
     for (int plane = 0; plane < planes; plane++)
-      wgmma(sums, a[s], b + s * wgmma_step + plane * (most_rows * 128 / 16), s > begin || plane > 0);
+      wgmma(sums, a[s], b + s * next_step + plane * (most_rows * 128 / 16), s > begin || plane > 0);
   wgmma_commit();
 }
 
@@ -216,7 +224,7 @@ __device__ __forceinline__ void multiply_codes(const Product& p, const Tile& t, 
   for (int unit = r.begin; unit < r.end; unit++, slot.next()) {
     slot.wait_full(r);
     const unsigned char* stage = slot.stage(r);
-    const uint64_t b = wgmma_rows(shared_address(stage));
+    const uint64_t b = descriptor_of(shared_address(stage));
 #pragma unroll
     for (int set = 0; set < sets; set++) {
       const unsigned char* codes = stage + S::weights_at + consumer_panel(set) * unit_bytes(4);
@@ -245,16 +253,16 @@ template <int rows, int planes> __device__ __forceinline__ void multiply_dense(c
   Slot<S> slot, done;
   for (int unit = r.begin; unit < r.end; unit++, slot.next()) {
     slot.wait_full(r);
-    const uint64_t b = wgmma_rows(shared_address(slot.stage(r)));
+    const uint64_t b = descriptor_of(shared_address(slot.stage(r)));
     wgmma_fence();
 #pragma unroll
     for (int set = 0; set < sets; set++) {
-      const uint64_t a = wgmma_rows(shared_address(slot.stage(r) + S::weights_at) + (set * 2 + threadIdx.x / 128) * 64 * 128);
+      const uint64_t a = descriptor_of(shared_address(slot.stage(r) + S::weights_at) + (set * 2 + threadIdx.x / 128) * 64 * 128);
 #pragma unroll
       for (int s = 0; s < 4; s++)
 #pragma unroll
         for (int plane = 0; plane < planes; plane++)
-          wgmma(totals[set], a + s * wgmma_step, b + s * wgmma_step + plane * (S::plane_bytes / 16));
+          wgmma(totals[set], a + s * next_step, b + s * next_step + plane * (S::plane_bytes / 16));
     }
     wgmma_commit();
     if (unit == r.begin) continue;
@@ -265,7 +273,8 @@ template <int rows, int planes> __device__ __forceinline__ void multiply_dense(c
   for (int set = 0; set < sets; set++) wgmma_done(totals[set]);
 }
 
-template <int rows, int planes, bool dense> __device__ __forceinline__ void consume(const Product& p, const Tile& t, const Ring& r) {
+template <int rows, int planes, bool dense>
+__device__ __forceinline__ void consume(const Product& p, const Tile& t, const Ring& r) {
   Sums<rows> totals[sets] = {};
   if constexpr (dense) {
     multiply_dense<rows, planes>(r, totals);

@@ -76,25 +76,30 @@ __device__ __forceinline__ const uint2* params_of(const Weight& w, int64_t panel
   return static_cast<const uint2*>(w.params) + panel * groups_of(w.cols, w.group_size) * 8 + lane / 4;
 }
 
-// The operand of 16 channels: `pair` is 4 times their number in the unit.
-template <int bits, int pair>
+inline constexpr uint32_t both = 0x10001u, magic = 0x4300u * both;
+template <bool spare> __device__ __forceinline__ uint32_t masked(uint32_t v, uint32_t mask) {
+  return spare ? and_or(v, mask, magic) : (v & mask) | magic;
+}
+
+// The operand of 16 channels: `pair` is 4 times their number in the unit. spare: there is a register for a constant, which saves an instruction.
+template <int bits, int pair, bool spare>
 __device__ __forceinline__ uint32_t code_minus_zero(const Codes<bits>& codes, const uint32_t (&zero)[2]) {
-  constexpr uint32_t both = 0x10001u, mask = (1u << bits) - 1;
+  constexpr uint32_t mask = (1u << bits) - 1;
   constexpr int bit = bits == 3 && pair == 15 ? 0 : place_of<bits>(pair).bit;
   // The places where a code can stay lie 6 bits apart (2 and 3 bit); of four bits only the first fits.
   constexpr int shift = bits == 4 ? bit : bit / 6 * 6, at = bit - shift;
   uint32_t v;
   if constexpr (bits == 3 && pair == 15)
-    v = (codes.word[0] >> 15 & both) | (codes.word[1] >> 14 & 2 * both) | (codes.word[2] >> 13 & 4 * both) | 0x4300u * both;
+    v = (codes.word[0] >> 15 & both) | (codes.word[1] >> 14 & 2 * both) | (codes.word[2] >> 13 & 4 * both) | magic;
   else
-    v = and_or(codes.word[place_of<bits>(pair).word] >> shift, (mask << at) * both, 0x4300u * both);
+    v = masked<spare>(codes.word[place_of<bits>(pair).word] >> shift, (mask << at) * both);
   constexpr uint32_t exponent = uint32_t(at) << 7;
   return fma_bf16(v, (0x3f80u - exponent) * both, zero[pair % 2] << at | (0xc300u - exponent) * both);
 }
-template <int bits, int first>
+template <int bits, int first, bool spare = true>
 __device__ __forceinline__ void operand(const Codes<bits>& codes, const GroupParams& g, uint32_t (&a)[4]) {
-  a[0] = code_minus_zero<bits, first>(codes, g.zero), a[1] = code_minus_zero<bits, first + 1>(codes, g.zero);
-  a[2] = code_minus_zero<bits, first + 2>(codes, g.zero), a[3] = code_minus_zero<bits, first + 3>(codes, g.zero);
+  a[0] = code_minus_zero<bits, first, spare>(codes, g.zero), a[1] = code_minus_zero<bits, first + 1, spare>(codes, g.zero);
+  a[2] = code_minus_zero<bits, first + 2, spare>(codes, g.zero), a[3] = code_minus_zero<bits, first + 3, spare>(codes, g.zero);
 }
 
 }  // namespace eac::cuda

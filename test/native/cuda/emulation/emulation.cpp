@@ -57,7 +57,7 @@ struct Fiber {
   std::vector<std::vector<Queued>> work;
   std::map<float*, std::vector<float>> registers;  // what those of work under way hold
   bool fenced = false;
-  int part = 0, part_threads = 0;  // at_part
+  int part = 0, part_threads = 0;    // at_part
   const uint64_t* signal = nullptr;  // at_signal
   int parity = 0;
 };
@@ -70,7 +70,7 @@ struct Block {
   std::vector<unsigned char> shared;
   std::vector<unsigned char> published;  // the same as the tensor cores see it
   bool hopper = false;                   // instructions that only Hopper has were used
-  std::vector<unsigned char> slots;  // (warps, 32, slot_bytes)
+  std::vector<unsigned char> slots;      // (warps, 32, slot_bytes)
   Fiber* current = nullptr;
   ucontext_t scheduler;
   jmp_buf back;
@@ -157,8 +157,8 @@ bool release_warp(int w) {
 }
 
 bool run_ready(Fiber& f) {
-  const bool ready = f.state == State::fresh || f.state == State::ready ||
-                     (f.state == State::at_signal && passed(f.signal, f.parity));
+  const bool ready =
+      f.state == State::fresh || f.state == State::ready || (f.state == State::at_signal && passed(f.signal, f.parity));
   if (ready) resume(f);
   return ready;
 }
@@ -233,7 +233,9 @@ Size block_size() { return block.size; }
 Size grid_size() { return block.grid; }
 unsigned char* dynamic_memory() { return window() + dynamic_offset; }
 uint32_t shared_address(const void* p) { return uint32_t(static_cast<const unsigned char*>(p) - window()); }
-const unsigned char* published(uint32_t address) { return block.published.data() + std::min<size_t>(address, block.published.size() - 16); }
+const unsigned char* published(uint32_t address) {
+  return block.published.data() + std::min<size_t>(address, block.published.size() - 16);
+}
 void barrier_block() { wait(State::at_block); }
 void barrier_warp() { wait(State::at_warp); }
 void barrier_of(int number, int threads) {
@@ -293,8 +295,7 @@ void wait_copies(int groups) {
 }
 
 void publish_shared() {
-  for (const Copy& c : block.current->arrived)
-    std::memcpy(block.published.data() + shared_address(c.to), c.to, c.bytes);
+  for (const Copy& c : block.current->arrived) std::memcpy(block.published.data() + shared_address(c.to), c.to, c.bytes);
   block.current->arrived.clear();
 }
 

@@ -107,11 +107,6 @@ inline void publish_shared() { emulation::publish_shared(); }
 template <int n> void give_registers() {}
 template <int n> void take_registers() {}
 
-inline uint64_t wgmma_rows(uint32_t address) {
-  return uint64_t(1) << 62 | uint64_t(1024 / 16) << 32 | uint64_t(1) << 16 | (address & 0x3ffff) >> 4;
-}
-inline constexpr uint64_t wgmma_step = 32 / 16;
-
 namespace emulated {
 // PTX ISA "Matrix descriptor", operands by rows: the chunk of 16 bytes (8 columns) of a row that a descriptor describes.
 inline const uint16_t* described(uint64_t descriptor, int row, int chunk) {
@@ -162,10 +157,12 @@ template <int n, class RowsOf> void wgmma(float (&registers)[n], RowsOf rows_of,
 inline void wgmma_fence() { emulation::fence_work(); }
 inline void wgmma_commit() { emulation::commit_work(); }
 template <int n> void wgmma(float (&d)[n], const uint32_t (&a)[4], uint64_t b, bool add) {
-  emulated::wgmma(d, [&a] { return emulated::RowsOfA(a); }, b, add);
+  emulated::wgmma(
+      d, [&a] { return emulated::RowsOfA(a); }, b, add);
 }
 template <int n> void wgmma(float (&d)[n], uint64_t a, uint64_t b) {
-  emulated::wgmma(d, [a] { return emulated::RowsOfA(a); }, b, true);
+  emulated::wgmma(
+      d, [a] { return emulated::RowsOfA(a); }, b, true);
 }
 template <int n> void wgmma_wait() { emulation::wait_work(n); }
 template <int n> void wgmma_done(float (&)[n]) { emulation::wait_work(0); }
