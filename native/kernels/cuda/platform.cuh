@@ -163,10 +163,10 @@ template <int n> __device__ __forceinline__ void take_registers() {
 #define EAC_D32(d, i) EAC_D8(d, i), EAC_D8(d, i + 8), EAC_D8(d, i + 16), EAC_D8(d, i + 24)
 #define EAC_D32_NAMES \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define EAC_D64_NAMES                                                                                         \
-  EAC_D32_NAMES                                                                                               \
-      ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56," \
-      "%57,%58,%59,%60,%61,%62,%63"
+#define EAC_D64_NAMES EAC_D32_NAMES EAC_D32_MORE
+#define EAC_D32_MORE                                                                                                           \
+  ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%" \
+  "62,%63"
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma(float (&d)[64], const uint32_t (&a)[4], uint64_t b, bool add) {
@@ -206,6 +206,7 @@ template <int n> __device__ __forceinline__ void wgmma_done(float (&d)[n]) {
 #undef EAC_D8
 #undef EAC_D32
 #undef EAC_D32_NAMES
+#undef EAC_D32_MORE
 #undef EAC_D64_NAMES
 
 }  // namespace eac::cuda

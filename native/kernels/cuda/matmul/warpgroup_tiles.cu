@@ -250,14 +250,15 @@ __device__ __forceinline__ void multiply_codes(const Product& p, const Tile& t, 
 
 template <int rows, int planes> __device__ __forceinline__ void multiply_dense(const Ring& r, Sums<rows> (&totals)[sets]) {
   using S = Shape<planes, true>;
-  Slot<S> slot, done;
+  Slot<S> slot;
   for (int unit = r.begin; unit < r.end; unit++, slot.next()) {
     slot.wait_full(r);
-    const uint64_t b = descriptor_of(shared_address(slot.stage(r)));
+    const uint32_t stage = shared_address(slot.stage(r));
+    const uint64_t b = descriptor_of(stage);
     wgmma_fence();
 #pragma unroll
     for (int set = 0; set < sets; set++) {
-      const uint64_t a = descriptor_of(shared_address(slot.stage(r) + S::weights_at) + (set * 2 + threadIdx.x / 128) * 64 * 128);
+      const uint64_t a = descriptor_of(stage + S::weights_at + (set * 2 + threadIdx.x / 128) * 64 * 128);
 #pragma unroll
       for (int s = 0; s < 4; s++)
 #pragma unroll
@@ -265,12 +266,9 @@ template <int rows, int planes> __device__ __forceinline__ void multiply_dense(c
           wgmma(totals[set], a + s * next_step, b + s * next_step + plane * (S::plane_bytes / 16));
     }
     wgmma_commit();
-    if (unit == r.begin) continue;
-    wgmma_wait<1>();
-    done.set_empty(r);
-    done.next();
+    for (int set = 0; set < sets; set++) wgmma_done(totals[set]);
+    slot.set_empty(r);
   }
-  for (int set = 0; set < sets; set++) wgmma_done(totals[set]);
 }
 
 template <int rows, int planes, bool dense>
