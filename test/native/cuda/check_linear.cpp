@@ -60,6 +60,7 @@ void check_linear() {
     // More than one tile of 128 rows, more stages than there are at a time, slices, groups that end within units.
     check_case({bits, 200, 130, 640, 32, fast, true, true});
     check_case({bits, 128, 20, 1100, 96});
+    if (!device().slow()) check_case({bits, 400, 700, 4096, 128, fast}), check_case({bits, 300, 700, 4096, 32, exact});
   }
   for (const int kind : {16, 17, 32}) {
     for (const Case& c :

@@ -99,7 +99,7 @@ void run_many(Context& c, const Experts& e, const Paths& paths) {
   const int64_t slots = e.n * e.top_k, pairs = slots + (e.shared ? e.n : 0),
                 widest = std::max(e.hidden, e.shared ? e.shared_hidden : 0);
   Product p{};
-  p.tile_rows = tile_rows_for(c, !paths.has(Path::scalar), ceil_div(slots, e.experts));
+  p.tile_rows = tile_rows_for(c, !paths.has(Path::scalar), ceil_div(slots, std::max<int64_t>(e.experts, 1)));
   const Dispatch d = sort_pairs(c, e, p.tile_rows);
   p.n = e.n, p.list = e.list, p.routed = e.experts;
   p.begin = d.begin, p.first_tile = d.first_tile, p.tokens = d.tokens;
