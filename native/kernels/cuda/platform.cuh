@@ -118,7 +118,7 @@ __device__ __forceinline__ uint32_t load_once(const uint32_t* p) {
 }
 
 // Hopper's instructions: PTX ISA "Asynchronous warpgroup level matrix instructions", "mbarrier", "setmaxnreg". They are only in code for sm_90a:
-// what uses them is in `if constexpr (has_wgmma)`.
+// what uses them is in `if (has_wgmma)`, of which the compiler leaves nothing elsewhere.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 inline constexpr bool has_wgmma = true;
 #else
