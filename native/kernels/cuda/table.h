@@ -288,7 +288,7 @@ struct Table {
 
   Status (*allocate)(Context*, size_t bytes, void** memory);
   void (*free)(void* memory);
-  Status (*allocate_host)(Context*, size_t bytes, void** memory);  // pinned
+  Status (*allocate_host)(Context*, size_t bytes, void** memory);  // pinned; kernels may read it
   void (*free_host)(void* memory);
   Status (*upload)(Context*, void* to, const void* from,
                    size_t bytes);  // the source may be changed on return, unless it is pinned
