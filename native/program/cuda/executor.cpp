@@ -19,7 +19,7 @@ class Room {
   template <class T> T* room(size_t n) {
     if (n * sizeof(T) > size_) {
       size_ = 2 * n * sizeof(T);
-      memory_ = gpu_.allocate(size_);
+      memory_ = gpu_.room(size_);
     }
     return static_cast<T*>(memory_.get());
   }
@@ -69,18 +69,14 @@ class CudaExecutor : public Executor {
     for (size_t i = from; i < to; i++) std::visit([&](const auto& o) { check(o); }, frame_.program().ops[i]);
     std::unique_lock<std::mutex> alone;  // two runs would want the same places
     copies_ = !reads_host(from, to);
-    if (copies_) {
-      alone = staging()->lock();
-      staging()->start(stream_, from, to);
+    if (copies_) alone = staging()->lock();
+    try {
+      submit(from, to);
+    } catch (...) {
+      // Nothing queued outlives the run: the registers and the staged experts' places may be another's next.
+      t().synchronize(stream_.context());
+      throw;
     }
-    // A decoded token is hundreds of short launches, the same ones every time: recorded once, they go out as one.
-    const bool decode = batch_.tokens.longest == 1 && frame_.pruning.none() && !copies_;
-    if (!decode)
-      queue(from, to);
-    else if (const std::vector<uint64_t> now = key(from, to); graph_ && now == captured_)
-      stream_(t().launch(stream_.context(), graph_));
-    else if (!(capturable_ && now == ran_ && capture(from, to)))
-      queue(from, to), ran_ = key(from, to);  // scratch memory may have moved
     stream_.synchronize();
   }
 
@@ -94,6 +90,18 @@ class CudaExecutor : public Executor {
       if (o && !prepared_->ops[i].list && 2 * rows(o->out) * width(o->weights) > int64_t(o->experts.count())) return false;
     }
     return true;
+  }
+
+  void submit(size_t from, size_t to) {
+    if (copies_) staging()->start(stream_, from, to);
+    // A decoded token is hundreds of short launches, the same ones every time: recorded once, they go out as one.
+    const bool decode = batch_.tokens.longest == 1 && frame_.pruning.none() && !copies_;
+    if (!decode)
+      queue(from, to);
+    else if (const std::vector<uint64_t> now = key(from, to); graph_ && now == captured_)
+      stream_(t().launch(stream_.context(), graph_));
+    else if (!(capturable_ && now == ran_ && capture(from, to)))
+      queue(from, to), ran_ = key(from, to);  // scratch memory may have moved
   }
 
   void queue(size_t from, size_t to) {

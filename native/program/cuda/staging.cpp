@@ -19,7 +19,7 @@ Staging::Staging(Gpu& gpu, std::vector<HostExperts> layers) : gpu_(gpu), copies_
     host_lists_.push_back(gpu_.upload(l.experts));
   }
   for (size_t i = 0; i < 2; i++) {
-    places_[i].memory = gpu_.allocate(bytes);
+    places_[i].memory = gpu_.room(bytes);
     for (const HostExperts& l : layers_) {
       std::vector<Expert> list = l.experts;
       for (Expert& e : list)
@@ -34,6 +34,7 @@ Staging::Staging(Gpu& gpu, std::vector<HostExperts> layers) : gpu_(gpu), copies_
 
 Staging::~Staging() {
   const Table& t = gpu_.table();
+  t.synchronize(copies_.context());  // a run that was given up may have left copies under way
   for (const Place& p : places_)
     for (Event* e : {p.copied, p.left})
       if (e) t.free_event(e);

@@ -43,8 +43,8 @@ DeviceMatrix Weights::copy(const Matrix& m) {
   const Table& table = gpu_.table();
   const WeightBytes bytes = bytes_of(table, q);
   DeviceMatrix made{{Storage::quantized, q.bits, q.rows, q.cols, q.group_size, nullptr, nullptr},
-                    gpu_.allocate(bytes.data),
-                    gpu_.allocate(bytes.params)};
+                    gpu_.room(bytes.data),
+                    gpu_.room(bytes.params)};
   made.weight.data = made.data.get(), made.weight.params = made.params.get();
   const Tensor codes = gpu_.take(q.codes), scales = gpu_.take(q.scales), zeros = gpu_.take(q.zeros);
   const PackWeight pack{
@@ -129,9 +129,11 @@ struct Preparer {
 };
 
 std::vector<bool> Weights::choose_staged(const Program& program, size_t limit) const {
-  const DeviceInfo info = gpu_.info();
-  const size_t reserve = size_t(info.total_memory) / 20, free = size_t(info.free_memory);
-  const size_t room = std::min(limit > 0 ? limit : free, free > reserve ? free - reserve : 0);
+  const auto room_now = [&] {
+    const DeviceInfo info = gpu_.info();
+    const size_t reserve = size_t(info.total_memory) / 20, free = size_t(info.free_memory);
+    return std::min(limit > 0 ? limit : free, free > reserve ? free - reserve : 0);
+  };
   size_t fixed = 0, all = 0, largest = 0;
   std::vector<size_t> experts(program.ops.size(), 0);
   const auto add = [&](const Matrix& m, size_t& sum) { sum += find(m) ? 0 : total(bytes_of(gpu_.table(), m)); };
@@ -145,6 +147,9 @@ std::vector<bool> Weights::choose_staged(const Program& program, size_t limit) c
     largest = std::max(largest, experts[i]);
   }
   std::vector<bool> staged(program.ops.size(), false);
+  if (fixed + all <= room_now()) return staged;
+  gpu_.trim();
+  const size_t room = room_now();
   if (fixed + all <= room) return staged;
   const size_t least = fixed + 2 * largest;
   if (least > room)
