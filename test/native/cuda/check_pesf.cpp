@@ -74,7 +74,8 @@ std::vector<float> draw_logits(const Shape& s, const std::vector<double>& chance
 class Weights {
  public:
   Weights(const Shape& s, int kind)
-      : output_gate(any_matrix(1, s.width, 16, 0, false, 3)), router(any_matrix(s.experts, s.width, 32, 0, false, 4)),
+      : output_gate(any_matrix(1, s.width, 16, 0, false, 3)),
+        router(any_matrix(s.experts, s.width, 32, 0, false, 4)),
         shared_(s.shared_hidden > 0) {
     const auto matrix = [&](int64_t rows, int64_t cols) { return any_matrix(rows, cols, kind, 128, false, 1); };
     const auto add = [&](int64_t count, int64_t hidden) {
@@ -117,10 +118,23 @@ Precision precision(const Weight& w) { return w.storage == Storage::quantized ? 
 // A batch on its way through a layer.
 struct Pass {
   Pass(const Shape& s, const Weights& w, const std::vector<int32_t>& lengths, const Layers& loads)
-      : s(s), w(w), batch(lengths, std::vector<int32_t>(lengths.size(), 0)), rows(batch.batch.rows), x(normal(count(s.width), 1)),
-        h(x.size()), out(x.size()), q(count(s.heads * s.head_dim)), k(count(s.kv_heads * s.head_dim)), v(k.size()),
-        attended(q.size()), scores(count(s.experts)), weights(count(s.top_k)), indices(weights.size()),
-        counts(lengths.size() * size_t(s.experts)), keep(counts.size()), ones(std::vector<float>(size_t(s.width), 1)),
+      : s(s),
+        w(w),
+        batch(lengths, std::vector<int32_t>(lengths.size(), 0)),
+        rows(batch.batch.rows),
+        x(normal(count(s.width), 1)),
+        h(x.size()),
+        out(x.size()),
+        q(count(s.heads * s.head_dim)),
+        k(count(s.kv_heads * s.head_dim)),
+        v(k.size()),
+        attended(q.size()),
+        scores(count(s.experts)),
+        weights(count(s.top_k)),
+        indices(weights.size()),
+        counts(lengths.size() * size_t(s.experts)),
+        keep(counts.size()),
+        ones(std::vector<float>(size_t(s.width), 1)),
         frequencies(std::vector<float>(size_t(s.head_dim / 2), 0.01f)) {
     for (const auto& chances : loads) logits.emplace_back(draw_logits(s, chances, lengths, unsigned(logits.size())));
   }
@@ -173,8 +187,8 @@ struct Pass {
     linear(h, w.attention[1].weight, false, k);
     linear(h, w.attention[2].weight, false, v);
     for (const auto& [heads, of] : {std::pair{s.heads, q.data()}, {s.kv_heads, k.data()}})
-      call<Rope>(t.rope, {of, heads * s.head_dim, s.head_dim, 0, s.head_dim / 2, frequencies, nullptr, 1, 1, 0, false,
-                          batch.batch});
+      call<Rope>(t.rope,
+                 {of, heads * s.head_dim, s.head_dim, 0, s.head_dim / 2, frequencies, nullptr, 1, 1, 0, false, batch.batch});
     call<Attention>(t.attention, {q, k, v, attended, batch.batch, nullptr, nullptr, s.heads, s.kv_heads, s.head_dim, s.head_dim,
                                   0, 1 / std::sqrt(float(s.head_dim)), nullptr});
     linear(attended, w.attention[3].weight, false, out);
