@@ -17,8 +17,12 @@ import { layerConfig, PEER_TYPES, peerModel, typeFor, writeCheckpoint, writePeer
 import type { Side } from './side';
 
 export interface LayerFigures {
-  /** Median over the rounds, and the difference of the fastest runs. */
+  /**
+   * Median over the rounds; at one token the difference of the steps that only a tenth undercut. Spinning threads that share a processor
+   * for a while slow many steps down by a multiple, more in one model than in the other: there a difference of medians means nothing.
+   */
   ms: number;
+  /** Difference of the fastest. */
   bestMs: number;
   /** Experts' multiplications and additions a second, from `ms`. */
   gflops: number;
@@ -37,6 +41,12 @@ export interface LayerRow {
   /** Peer's time over ours. */
   ratio: number;
 }
+
+/** What runs tokens and says how long it took. */
+export type Runner = Pick<Side, 'prefill' | 'decode'>;
+
+/** Milliseconds. */
+export type RunTime = Pick<LayerFigures, 'ms' | 'bestMs'>;
 
 export interface LayerOptions {
   tokens: readonly number[];
@@ -87,48 +97,49 @@ async function loadBoth(
   }
 }
 
-/** Milliseconds of a run of `tokens` tokens, the median of a few with different tokens: few tokens choose few experts, each time others. */
-async function runOnce(side: Side, model: number, ids: number[], tokens: number): Promise<number> {
+/** Milliseconds: of single tokens one after the other, or the median of a few runs of several: few tokens choose few experts, each time others. */
+async function runOnce(side: Runner, model: number, ids: number[], tokens: number): Promise<number[]> {
   if (tokens === 1) {
     await side.prefill(model, ids.slice(0, 1));
-    return median(await side.decode(model, ids.slice(1, 1 + STEPS)));
+    return side.decode(model, ids.slice(1, 1 + STEPS));
   }
   const times: number[] = [];
   for (let at = 0; at + tokens <= ids.length && times.length < RUNS; at += tokens)
     times.push(await side.prefill(model, ids.slice(at, at + tokens)));
-  return median(times);
+  return [median(times)];
+}
+
+/** The value that a tenth undercut. */
+function tenth(values: readonly number[]): number {
+  return [...values].sort((a, b) => a - b)[Math.floor(values.length / 10)]!;
 }
 
 /** Per side, milliseconds a layer: alternating sides and models, one round of warming up. */
-async function measure(
-  sides: readonly [Side, Side],
+export async function measure(
+  sides: readonly [Runner, Runner],
   layersBetween: number,
   tokens: number,
   rounds: number,
-): Promise<{ ms: number; bestMs: number }[]> {
+): Promise<RunTime[]> {
   const times = sides.map(() => [[], []] as [number[], number[]]);
   for (let round = -1; round < rounds; round++) {
     const ids = shuffledIds(round + 1, VOCABULARY);
     const order = round % 2 === 0 ? [0, 1] : [1, 0];
     for (const model of [0, 1]) {
       for (const s of order) {
-        const ms = await runOnce(sides[s]!, model, ids, tokens);
-        if (round >= 0) times[s]![model]!.push(ms);
+        const some = await runOnce(sides[s]!, model, ids, tokens);
+        if (round >= 0) times[s]![model]!.push(...some);
       }
     }
   }
-  return times.map(([few, many]) => ({
-    ms: median(many.map((ms, i) => ms - few[i]!)) / layersBetween,
-    bestMs: (Math.min(...many) - Math.min(...few)) / layersBetween,
-  }));
+  return times.map(([few, many]) => {
+    const between = tokens === 1 ? tenth(many) - tenth(few) : median(many.map((ms, i) => ms - few[i]!));
+    const best = Math.min(...many) - Math.min(...few);
+    return { ms: between / layersBetween, bestMs: best / layersBetween };
+  });
 }
 
-function figures(
-  time: { ms: number; bestMs: number },
-  shape: LayerShape,
-  tokens: number,
-  expertBytes: number,
-): LayerFigures {
+function figures(time: RunTime, shape: LayerShape, tokens: number, expertBytes: number): LayerFigures {
   const { hidden, width, experts, topK } = shape;
   const weights = 3 * hidden * width;
   const touched = experts * (1 - (1 - topK / experts) ** tokens);

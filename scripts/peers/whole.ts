@@ -5,7 +5,7 @@
 import { mkdtemp, rm } from 'node:fs/promises';
 import { join } from 'node:path';
 import type { GgmlTypeName } from './gguf';
-import { median, shuffledIds } from './layer';
+import { median, shuffledIds, type Runner } from './layer';
 import { PEER_TYPES, peerModel, wholeConfig, writeCheckpoint, writePeerModel } from './models';
 import { Side, type SideOptions } from './side';
 
@@ -13,6 +13,7 @@ export interface WholeFigures {
   /** Tokens a second, median over the rounds. */
   prefill: number;
   decode: number;
+  /** At the pace of the fastest round, and of the fastest token. */
   bestPrefill: number;
   bestDecode: number;
   /** Bytes. */
@@ -54,8 +55,12 @@ async function startBoth(bits: 2 | 3 | 4, options: WholeOptions, dir: string): P
   }
 }
 
-async function measure(sides: readonly [Side, Side], rounds: number): Promise<WholeFigures[]> {
-  const times = sides.map(() => ({ prefill: [] as number[], decode: [] as number[] }));
+/** Everything but the memory. */
+export async function measureWhole(
+  sides: readonly [Runner, Runner],
+  rounds: number,
+): Promise<Omit<WholeFigures, 'peakMemory'>[]> {
+  const times = sides.map(() => ({ prefill: [] as number[], decode: [] as number[], steps: [] as number[] }));
   for (let round = -1; round < rounds; round++) {
     const ids = shuffledIds(round + 1, 32_000);
     for (const s of round % 2 === 0 ? [0, 1] : [1, 0]) {
@@ -64,15 +69,14 @@ async function measure(sides: readonly [Side, Side], rounds: number): Promise<Wh
       if (round < 0) continue;
       times[s]!.prefill.push(prefill);
       times[s]!.decode.push(decode.reduce((a, b) => a + b, 0));
+      times[s]!.steps.push(...decode);
     }
   }
-  const peaks = [await sides[0].peakMemory(), await sides[1].peakMemory()];
-  return times.map(({ prefill, decode }, s) => ({
+  return times.map(({ prefill, decode, steps }) => ({
     prefill: (1000 * PREFILL) / median(prefill),
     decode: (1000 * DECODE) / median(decode),
     bestPrefill: (1000 * PREFILL) / Math.min(...prefill),
-    bestDecode: (1000 * DECODE) / Math.min(...decode),
-    peakMemory: peaks[s]!,
+    bestDecode: 1000 / Math.min(...steps),
   }));
 }
 
@@ -81,8 +85,9 @@ export async function compareWhole(bits: 2 | 3 | 4, options: WholeOptions): Prom
   let sides: readonly Side[] = [];
   try {
     const both = (sides = await startBoth(bits, options, dir)) as [Side, Side];
-    const [ours, peer] = await measure(both, options.rounds);
-    return { bits, peerType: PEER_TYPES[bits]!, ours: ours!, peer: peer! };
+    const rates = await measureWhole(both, options.rounds);
+    const figures = async (s: 0 | 1) => ({ ...rates[s]!, peakMemory: await both[s].peakMemory() });
+    return { bits, peerType: PEER_TYPES[bits]!, ours: await figures(0), peer: await figures(1) };
   } finally {
     for (const side of sides) await side.stop();
     await rm(dir, { recursive: true, force: true });

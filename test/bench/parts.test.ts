@@ -1,4 +1,5 @@
 /** What benchmarks are made of: shapes, routing, statistics, loads. */
+import { readFileSync } from 'node:fs';
 import { EacMoeError } from '../../lib/errors';
 import { distinctExperts, uniformSteps } from '../../lib/bench/experts';
 import { bundledSource, measureLoads, resampleLoads, sortedShares } from '../../lib/bench/loads';
@@ -13,6 +14,7 @@ import { expertOperations, parseShape, SHAPES } from '../../lib/bench/shapes';
 import { measure, summarize } from '../../lib/bench/timing';
 import { seededRandom } from '../../lib/model/random';
 import { PesfPolicy } from '../../lib/prune/pesf';
+import { expertLoads, header } from '../../scripts/cuda/expert-loads';
 
 const counted = (indices: Int32Array, experts: number) => {
   const counts = new Array<number>(experts).fill(0);
@@ -167,6 +169,19 @@ describe('expert loads', () => {
       expect(load).toHaveLength(16);
       expect(load.reduce((a, b) => a + b)).toBeCloseTo(1, 6);
       expect(load[0]!).toBeGreaterThan(2 * load[15]!);
+    }
+  });
+
+  test('those of the CUDA check program are as measured: npm run cuda:loads', async () => {
+    const table = readFileSync(header, 'utf8').split('expert_loads = {')[1]!;
+    const entries = table.split('}}').map((entry) => entry.match(/[\d.]+/g)?.map(Number));
+    const written = entries.filter((entry) => entry !== undefined);
+    const measured = await expertLoads();
+    expect(written).toHaveLength(measured.length);
+    for (const [i, { experts, topK, layers }] of measured.entries()) {
+      const numbers = [experts, topK, ...layers.flatMap((layer) => [...layer])];
+      // Instruction sets round differently: a few choices of thousands differ.
+      expect(written[i]).toEqual(numbers.map((v) => expect.closeTo(v, 2) as number));
     }
   });
 

@@ -19,8 +19,10 @@ import {
   writePeerModel,
   type ModelConfig,
 } from '../../scripts/peers/models';
+import { measure, type Runner } from '../../scripts/peers/layer';
 import { PeerUnavailable, Side } from '../../scripts/peers/side';
 import { copyBinaries } from '../../scripts/peers/variants';
+import { measureWhole } from '../../scripts/peers/whole';
 
 let dir: string;
 beforeAll(() => {
@@ -155,6 +157,35 @@ describe('GGUF writer', () => {
     expect(Math.abs(mean)).toBeLessThan(0.005);
     expect(deviation).toBeGreaterThan(0.018);
     expect(deviation).toBeLessThan(0.022);
+  });
+});
+
+describe('times of sides that stand still now and then', () => {
+  /** Takes `step` ms a layer and token; decoding, the first `slow` of 10 tokens take ten times that. */
+  const runner = (layers: number[], step: number, slow: number[]): Runner => ({
+    prefill: async (model, ids) => layers[model]! * step * ids.length,
+    decode: async (model, ids) => ids.map((_, i) => layers[model]! * step * (i % 10 < slow[model]! ? 10 : 1)),
+  });
+
+  test('a layer is the difference over the layers between, slow steps left out', async () => {
+    const sides = [runner([2, 6], 1, [0, 0]), runner([2, 6], 3, [7, 2])] as const;
+    const [one, many] = [await measure(sides, 4, 1, 3), await measure(sides, 4, 8, 3)];
+    expect(one.map(({ ms, bestMs }) => [ms, bestMs])).toEqual([
+      [1, 1],
+      [3, 3],
+    ]);
+    expect(many.map(({ ms, bestMs }) => [ms, bestMs])).toEqual([
+      [8, 8],
+      [24, 24],
+    ]);
+  });
+
+  test('decode is the rate of all tokens, at best that of the fastest', async () => {
+    const side = runner([1], 2, [5]);
+    const [ours] = await measureWhole([side, side], 3);
+    expect(ours!.prefill).toBeCloseTo(500);
+    expect(ours!.bestDecode).toBeCloseTo(500);
+    expect(ours!.decode).toBeCloseTo(500 / ((30 + 10 * 34) / 64));
   });
 });
 

@@ -15,9 +15,8 @@ struct Failure {
 inline void require(bool condition, const char* message) {
   if (!condition) throw Failure{Status::invalid_argument, message};
 }
-// Throws what the runtime says, with what was being done.
+// Throws what the runtime says, with what was being done. The runtime forgets it, or the next launch, which asks for the last error, would fail, too.
 void check(cudaError_t status, const char* doing);
-// Of an allocation. Memory may suffice for less, so the runtime forgets the error.
 void check_allocation(cudaError_t status, size_t bytes, const char* where);
 
 // Device memory that grows to what was asked for and is kept. It must not grow while launches are captured: run once before.
@@ -28,6 +27,7 @@ class Scratch {
   ~Scratch() { cudaFree(memory_); }
   // Room for n elements; contents are lost.
   template <class T> T* get(int64_t n) { return static_cast<T*>(bytes(size_t(n) * sizeof(T))); }
+  void release();
   uint64_t moves() const { return moves_; }
 
  private:

@@ -40,8 +40,10 @@ Status describe(int32_t device, DeviceInfo* info) {
   cudaDeviceProp p;
   size_t free = 0, total = 0;
   if (cudaGetDeviceProperties(&p, device) != cudaSuccess || cudaSetDevice(device) != cudaSuccess ||
-      cudaMemGetInfo(&free, &total) != cudaSuccess)
+      cudaMemGetInfo(&free, &total) != cudaSuccess) {
+    (void)cudaGetLastError();
     return Status::failed;
+  }
   std::snprintf(info->name, sizeof info->name, "%s", p.name);
   info->major = p.major, info->minor = p.minor;
   info->multiprocessors = p.multiProcessorCount;
@@ -123,6 +125,11 @@ void free_graph(Graph* graph) {
   delete graph;
 }
 
+Status trim(Context* c) {
+  return guarded(c, [&] {
+    for (Scratch& s : c->scratch) s.release();
+  });
+}
 uint64_t scratch_moves(const Context* c) {
   uint64_t moves = 0;
   for (const Scratch& s : c->scratch) moves += s.moves();
@@ -168,6 +175,7 @@ const Table table = {
     .end_capture = end_capture,
     .launch = launch_graph,
     .free_graph = free_graph,
+    .trim = trim,
     .scratch_moves = scratch_moves,
     .record = record,
     .wait = wait,

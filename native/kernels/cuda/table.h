@@ -11,7 +11,7 @@
 
 namespace eac::cuda {
 
-inline constexpr uint32_t table_version = 1;
+inline constexpr uint32_t table_version = 2;
 
 enum class Status : int32_t { ok, invalid_argument, out_of_memory, not_positive_definite, non_finite, failed };
 
@@ -288,7 +288,7 @@ struct Table {
 
   Status (*allocate)(Context*, size_t bytes, void** memory);
   void (*free)(void* memory);
-  Status (*allocate_host)(Context*, size_t bytes, void** memory);  // pinned
+  Status (*allocate_host)(Context*, size_t bytes, void** memory);  // pinned; kernels may read it
   void (*free_host)(void* memory);
   Status (*upload)(Context*, void* to, const void* from,
                    size_t bytes);  // the source may be changed on return, unless it is pinned
@@ -301,6 +301,8 @@ struct Table {
   Status (*end_capture)(Context*, Graph**);
   Status (*launch)(Context*, Graph*);
   void (*free_graph)(Graph*);
+  // Frees scratch memory; operations take it again.
+  Status (*trim)(Context*);
   // Changes when scratch memory was moved: graphs captured before must not be launched any more.
   uint64_t (*scratch_moves)(const Context*);
 

@@ -16,13 +16,23 @@ Stream::Stream(const Table& table) : table_(table) {
 }
 Stream::~Stream() { table_.close(context_); }
 
-std::shared_ptr<void> Gpu::allocate(size_t bytes) {
+std::shared_ptr<void> Gpu::room(size_t bytes) {
   void* memory = nullptr;
   run([&](const Stream& s) {
-    s(s.table().allocate(s.context(), std::max<size_t>(bytes, 16), &memory));
-    s(s.table().zero(s.context(), memory, bytes));
+    const auto allocate = [&] { return s.table().allocate(s.context(), std::max<size_t>(bytes, 16), &memory); };
+    Status status = allocate();
+    if (status == Status::out_of_memory) {
+      s(s.table().trim(s.context()));
+      status = allocate();
+    }
+    s(status);
   });
   return std::shared_ptr<void>(memory, table().free);
+}
+std::shared_ptr<void> Gpu::allocate(size_t bytes) {
+  auto memory = room(bytes);
+  run([&](const Stream& s) { s(s.table().zero(s.context(), memory.get(), bytes)); });
+  return memory;
 }
 void Gpu::to_host(void* host, const void* device, size_t bytes) {
   run([&](const Stream& s) { s(s.table().download(s.context(), host, device, bytes)); });
@@ -40,9 +50,14 @@ DeviceInfo Gpu::info() const {
   return info;
 }
 
+void Gpu::trim() {
+  run([](const Stream& s) { s(s.table().trim(s.context())); });
+}
+
 Tensor Gpu::take(const Tensor& t) {
   if (t.device == this) return t;
-  Tensor copy = Tensor::zeros(t.dtype, t.shape, this);
+  Tensor copy{t.dtype, t.shape, nullptr, room(t.bytes()), this};
+  copy.data = copy.owner.get();
   from_host(copy.data, t.data, t.bytes());
   return copy;
 }

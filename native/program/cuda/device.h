@@ -34,12 +34,16 @@ class Gpu : public Device {
   explicit Gpu(const Table& table) : stream_(table) {}
   const char* name() const override { return "cuda"; }
   std::shared_ptr<void> allocate(size_t bytes) override;
+  // The same with any contents: for what is written before it is read.
+  std::shared_ptr<void> room(size_t bytes);
   void to_host(void* host, const void* device, size_t bytes) override;
   void from_host(void* device, const void* host, size_t bytes) override;
   void copy(void* to, const void* from, size_t bytes) override;
 
   const Table& table() const { return stream_.table(); }
   DeviceInfo info() const;
+  // Gives back what the operations of calibration worked with. Done by itself where memory runs out.
+  void trim();
   // Runs body(stream) alone on the device's own stream, and waits.
   template <class F> void run(F&& body) {
     const std::lock_guard lock(mutex_);
@@ -49,7 +53,7 @@ class Gpu : public Device {
   // A copy in the device's memory of any tensor, or the tensor itself if it lies there.
   Tensor take(const Tensor& t);
   template <class T> std::shared_ptr<T> upload(const std::vector<T>& v) {
-    auto memory = allocate(v.size() * sizeof(T));
+    auto memory = room(v.size() * sizeof(T));
     from_host(memory.get(), v.data(), v.size() * sizeof(T));
     return std::static_pointer_cast<T>(memory);
   }

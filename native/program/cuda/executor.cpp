@@ -19,7 +19,7 @@ class Room {
   template <class T> T* room(size_t n) {
     if (n * sizeof(T) > size_) {
       size_ = 2 * n * sizeof(T);
-      memory_ = gpu_.allocate(size_);
+      memory_ = gpu_.room(size_);
     }
     return static_cast<T*>(memory_.get());
   }
@@ -68,23 +68,41 @@ class CudaExecutor : public Executor {
     if (seen_ != frame_.batch()) describe();
     for (size_t i = from; i < to; i++) std::visit([&](const auto& o) { check(o); }, frame_.program().ops[i]);
     std::unique_lock<std::mutex> alone;  // two runs would want the same places
-    if (staging()) {
-      alone = staging()->lock();
-      staging()->start(stream_, from, to);
+    copies_ = !reads_host(from, to);
+    if (copies_) alone = staging()->lock();
+    try {
+      submit(from, to);
+    } catch (...) {
+      // Nothing queued outlives the run: the registers and the staged experts' places may be another's next.
+      t().synchronize(stream_.context());
+      throw;
     }
+    stream_.synchronize();
+  }
+
+ private:
+  Staging* staging() const { return prepared_->staging.get(); }
+  // Whether operations [from, to) read the experts that are staged, if there are any, where they lie: what their tokens choose is at most half of
+  // all, so that copying all, though it is done ahead, takes longer.
+  bool reads_host(size_t from, size_t to) const {
+    for (size_t i = from; i < to; i++) {
+      const auto* o = std::get_if<op::Experts>(&frame_.program().ops[i]);
+      if (o && !prepared_->ops[i].list && 2 * rows(o->out) * width(o->weights) > int64_t(o->experts.count())) return false;
+    }
+    return true;
+  }
+
+  void submit(size_t from, size_t to) {
+    if (copies_) staging()->start(stream_, from, to);
     // A decoded token is hundreds of short launches, the same ones every time: recorded once, they go out as one.
-    const bool decode = batch_.tokens.longest == 1 && frame_.pruning.none() && !staging();
+    const bool decode = batch_.tokens.longest == 1 && frame_.pruning.none() && !copies_;
     if (!decode)
       queue(from, to);
     else if (const std::vector<uint64_t> now = key(from, to); graph_ && now == captured_)
       stream_(t().launch(stream_.context(), graph_));
     else if (!(capturable_ && now == ran_ && capture(from, to)))
       queue(from, to), ran_ = key(from, to);  // scratch memory may have moved
-    stream_.synchronize();
   }
-
- private:
-  Staging* staging() const { return prepared_->staging.get(); }
 
   void queue(size_t from, size_t to) {
     for (size_t i = from; i < to; i++) {
@@ -286,12 +304,12 @@ class CudaExecutor : public Executor {
   void operator()(const op::Experts& o) {
     const auto& e = o.experts;
     const bool staged = !p().list;
-    const Expert* list = staged ? staging()->arrive(stream_, op_) : p().list;
+    const Expert* list = !staged ? p().list : copies_ ? staging()->arrive(stream_, op_) : staging()->on_host(op_);
     call<Experts>(t().experts,
                   {data(o.x), rows(o.x), width(o.x), data(o.weights), ints(o.indices), width(o.weights), int64_t(e.count()),
                    e.hidden_of(0), list, p().experts.data(), e.shared.has_value(), e.shared ? e.hidden_of(e.count()) : 0,
                    p().output_gate, Activation(int32_t(e.activation)), o.add, precision(e.int8.has_value()), data(o.out)});
-    if (staged) staging()->leave(stream_, op_);
+    if (staged && copies_) staging()->leave(stream_, op_);
   }
   void operator()(const op::Glu& o) {
     call<Glu>(t().glu, {Activation(int32_t(o.activation)), data(o.gate), data(o.up), size(o.gate)});
@@ -329,6 +347,7 @@ class CudaExecutor : public Executor {
   DeviceBatch batch_;
   std::map<const Sequence*, std::unique_ptr<KvCache>> own_;
   std::shared_ptr<const PreparedProgram> prepared_;
+  bool copies_ = false;  // staged experts, in the run under way
   size_t op_ = 0;
   uint64_t seen_ = 0;
   // Of the latest run that was queued, and of the one that is recorded.

@@ -5,23 +5,27 @@
 namespace eac::cuda {
 namespace {
 
-const void* moved(const void* offset, const void* base) {
-  return offset ? static_cast<const char*>(base) + uintptr_t(offset) - 1 : nullptr;
+// Null stays null.
+const void* moved(const void* p, const void* from, const void* to) {
+  return p ? static_cast<const char*>(to) + (static_cast<const char*>(p) - static_cast<const char*>(from)) : nullptr;
 }
 
 }  // namespace
 
 Staging::Staging(Gpu& gpu, std::vector<HostExperts> layers) : gpu_(gpu), copies_(gpu.table()), layers_(std::move(layers)) {
   size_t bytes = 0;
-  for (const HostExperts& l : layers_) bytes = std::max(bytes, l.bytes);
+  for (const HostExperts& l : layers_) {
+    bytes = std::max(bytes, l.bytes);
+    host_lists_.push_back(gpu_.upload(l.experts));
+  }
   for (size_t i = 0; i < 2; i++) {
-    places_[i].memory = gpu_.allocate(bytes);
+    places_[i].memory = gpu_.room(bytes);
     for (const HostExperts& l : layers_) {
       std::vector<Expert> list = l.experts;
       for (Expert& e : list)
         for (Weight* w : {&e.gate, &e.up, &e.down}) {
-          w->data = moved(w->data, places_[i].memory.get());
-          w->params = moved(w->params, places_[i].memory.get());
+          w->data = moved(w->data, l.block.get(), places_[i].memory.get());
+          w->params = moved(w->params, l.block.get(), places_[i].memory.get());
         }
       lists_[i].push_back(gpu_.upload(list));
     }
@@ -30,6 +34,7 @@ Staging::Staging(Gpu& gpu, std::vector<HostExperts> layers) : gpu_(gpu), copies_
 
 Staging::~Staging() {
   const Table& t = gpu_.table();
+  t.synchronize(copies_.context());  // a run that was given up may have left copies under way
   for (const Place& p : places_)
     for (Event* e : {p.copied, p.left})
       if (e) t.free_event(e);

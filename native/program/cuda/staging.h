@@ -1,4 +1,5 @@
-// Experts that stay in the host's memory: those of one layer are copied while the layers before it compute.
+// Experts that stay in the host's memory: those of one layer are copied while the layers before it compute. Few tokens choose few of them: these are
+// read where they lie, over the bus, each weight once.
 #pragma once
 #include <mutex>
 
@@ -11,10 +12,10 @@ struct HostExperts {
   size_t op = 0;  // its operation in the program
   std::shared_ptr<void> block;
   size_t bytes = 0;
-  std::vector<Expert> experts;  // pointers are offsets into the block
+  std::vector<Expert> experts;  // pointers into the block
 };
 
-// Two places on the device take turns. One run at a time: lock() first.
+// Two places on the device take turns. One copying run at a time: lock() first.
 class Staging {
  public:
   Staging(Gpu& gpu, std::vector<HostExperts> layers);
@@ -26,6 +27,8 @@ class Staging {
   const Expert* arrive(const Stream& s, size_t op);
   // What needed them has been queued: their place may be used again.
   void leave(const Stream& s, size_t op);
+  // The experts of `op` in the host's memory, for any run.
+  const Expert* on_host(size_t op) const { return host_lists_[layer_of(op)].get(); }
 
  private:
   struct Place {
@@ -40,6 +43,7 @@ class Staging {
   std::mutex mutex_;
   std::vector<HostExperts> layers_;                // in the order of their operations
   std::vector<std::shared_ptr<Expert>> lists_[2];  // by layer, for each place
+  std::vector<std::shared_ptr<Expert>> host_lists_;
   Place places_[2];
   size_t next_ = 0, end_ = 0;  // layers to copy
 };

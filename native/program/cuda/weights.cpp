@@ -20,9 +20,9 @@ template <class F> void each_matrix(const eac::Experts& e, F f) {
   for (size_t i = 0; i < e.count_with_shared(); i++) f(e.gate_of(i)), f(e.up_of(i)), f(e.down_of(i));
 }
 
-std::string gigabytes(size_t bytes) {
+std::string size_text(size_t bytes) {
   char text[32];
-  std::snprintf(text, sizeof text, "%.2f GB", double(bytes) / 1e9);
+  std::snprintf(text, sizeof text, "%.2f %s", double(bytes) / (bytes < 1000000000 ? 1e6 : 1e9), bytes < 1000000000 ? "MB" : "GB");
   return text;
 }
 
@@ -43,8 +43,8 @@ DeviceMatrix Weights::copy(const Matrix& m) {
   const Table& table = gpu_.table();
   const WeightBytes bytes = bytes_of(table, q);
   DeviceMatrix made{{Storage::quantized, q.bits, q.rows, q.cols, q.group_size, nullptr, nullptr},
-                    gpu_.allocate(bytes.data),
-                    gpu_.allocate(bytes.params)};
+                    gpu_.room(bytes.data),
+                    gpu_.room(bytes.params)};
   made.weight.data = made.data.get(), made.weight.params = made.params.get();
   const Tensor codes = gpu_.take(q.codes), scales = gpu_.take(q.scales), zeros = gpu_.take(q.zeros);
   const PackWeight pack{
@@ -129,9 +129,11 @@ struct Preparer {
 };
 
 std::vector<bool> Weights::choose_staged(const Program& program, size_t limit) const {
-  const DeviceInfo info = gpu_.info();
-  const size_t reserve = size_t(info.total_memory) / 20, free = size_t(info.free_memory);
-  const size_t room = std::min(limit > 0 ? limit : free, free > reserve ? free - reserve : 0);
+  const auto room_now = [&] {
+    const DeviceInfo info = gpu_.info();
+    const size_t reserve = size_t(info.total_memory) / 20, free = size_t(info.free_memory);
+    return std::min(limit > 0 ? limit : free, free > reserve ? free - reserve : 0);
+  };
   size_t fixed = 0, all = 0, largest = 0;
   std::vector<size_t> experts(program.ops.size(), 0);
   const auto add = [&](const Matrix& m, size_t& sum) { sum += find(m) ? 0 : total(bytes_of(gpu_.table(), m)); };
@@ -145,12 +147,15 @@ std::vector<bool> Weights::choose_staged(const Program& program, size_t limit) c
     largest = std::max(largest, experts[i]);
   }
   std::vector<bool> staged(program.ops.size(), false);
+  if (fixed + all <= room_now()) return staged;
+  gpu_.trim();
+  const size_t room = room_now();
   if (fixed + all <= room) return staged;
   const size_t least = fixed + 2 * largest;
   if (least > room)
-    throw Error("OUT_OF_MEMORY", "the model needs at least " + gigabytes(least) + " of GPU memory (" + gigabytes(fixed) +
-                                     " that stay, and the experts of two layers, " + gigabytes(2 * largest) + "), " +
-                                     gigabytes(fixed + all) + " to lie there as a whole; it may use " + gigabytes(room) +
+    throw Error("OUT_OF_MEMORY", "the model needs at least " + size_text(least) + " of GPU memory (" + size_text(fixed) +
+                                     " that stay, and the experts of two layers, " + size_text(2 * largest) + "), " +
+                                     size_text(fixed + all) + " to lie there as a whole; it may use " + size_text(room) +
                                      ". Use fewer bits, a GPU with more memory, or device 'cpu'");
   size_t left = room - least;
   for (size_t i = 0; i < program.ops.size(); i++) {
@@ -160,7 +165,7 @@ std::vector<bool> Weights::choose_staged(const Program& program, size_t limit) c
   return staged;
 }
 
-// Packs on the device, keeps the result on the host. Pointers are offsets plus 1, so that null stays null.
+// Packs on the device, keeps the result on the host.
 HostExperts Weights::to_host(const eac::Experts& e, size_t op) {
   constexpr size_t align = 256;
   const auto place = [](size_t& end, size_t bytes) {
@@ -185,10 +190,10 @@ HostExperts Weights::to_host(const eac::Experts& e, size_t op) {
     const WeightBytes b = bytes_of(gpu_.table(), m);
     Weight w = d.weight;
     const auto keep = [&](const void*& p, size_t bytes) {
-      const size_t at = place(end, bytes);
+      char* const to = static_cast<char*>(host.block.get()) + place(end, bytes);
       if (!p) return;
-      gpu_.to_host(static_cast<char*>(host.block.get()) + at, p, bytes);
-      p = reinterpret_cast<const void*>(at + 1);
+      gpu_.to_host(to, p, bytes);
+      p = to;
     };
     keep(w.data, b.data), keep(w.params, b.params);
     return w;

@@ -106,6 +106,7 @@ __device__ void top_k(const Row& w, float* weight, int32_t* index) {
     if (best < 0) break;
     if (w.lane == k) *index = best, *weight = w.scores[best];
     chosen += w.scores[best];
+    __syncwarp();  // all have compared
     if (w.lane == 0) w.choice[best] = -INFINITY;
     __syncwarp();
   }
@@ -128,6 +129,7 @@ __device__ void sparse_mixer(const Row& w, float* weight, int32_t* index) {
     }
     sum = warp_sum(sum);
     if (w.lane == k) *index = best, *weight = r.scale / sum;
+    __syncwarp();  // all have compared
     if (w.lane == 0) w.scores[best] = -INFINITY;
     __syncwarp();
   }
