@@ -103,10 +103,14 @@ template <class T> void pack(PackSource s, int64_t width, int64_t count, int64_t
     for (int64_t p = 0; p < k; p++) {
       const T* in = (const T*)s.data + p * s.k_stride;
       T* o = out + p * width;
-      if (count == width && width % L == 0)
+      if (count == width && width % L == 0) {
         for (int64_t i = 0; i < width; i += L) __builtin_memcpy(o + i, in + i, sizeof(T) * L);
-      else
+      } else if (count >= 4) {  // the last four may overlap the ones before
+        for (int64_t i = 0; i < count - 4; i += 4) __builtin_memcpy(o + i, in + i, sizeof(T) * 4);
+        __builtin_memcpy(o + count - 4, in + count - 4, sizeof(T) * 4);
+      } else {
         for (int64_t i = 0; i < count; i++) o[i] = in[i];
+      }
     }
   } else if (single && s.stride == 1 && half) {
     for (int64_t p = 0; p < k; p++) to_f32(s.dtype, (const uint16_t*)s.data + p * s.k_stride, count, (float*)out + p * width);
@@ -213,45 +217,56 @@ void pack_lanes(const float* in, int64_t stride, int64_t width, int64_t count, i
   pack_rows(in, stride, count, k, out, [=](int64_t p) { return lane_place(p % L) * lane + p / L * width; });
 }
 
-template <int mr, int nv> void lane_tile_of(const LaneTile& t) {
+// Some panels of tokens, `tokens` in the last, with one of rows: a lane's part of that one stays in L1 while the tokens pass.
+constexpr int lane_panels = 4;
+template <int mr, int nv> void lane_tiles(const LaneTile& t, int panels) {
   constexpr int nr = nv * L, levels = L == 16 ? 4 : L == 8 ? 3 : 2;
-  F waiting[levels][mr][nv], acc[mr][nv];
-  const float *a = t.a, *b = t.b;
-  for (int n = 0; n < L; n++, a += lane_size(t.k, mr), b += lane_size(t.k, nr)) {
-    EAC_UNROLL
-    for (int i = 0; i < mr; i++) EAC_UNROLL
-    for (int j = 0; j < nv; j++) acc[i][j] = F{};
-    add_products<float, mr, nv, 0>(acc, t.k / L, a, b, nr, b);
-    int level = 0;
-    for (; n >> level & 1; level++) EAC_UNROLL
-    for (int i = 0; i < mr; i++) EAC_UNROLL
-    for (int j = 0; j < nv; j++) acc[i][j] = waiting[level][i][j] + acc[i][j];
-    if (level < levels) EAC_UNROLL
-    for (int i = 0; i < mr; i++) EAC_UNROLL
-    for (int j = 0; j < nv; j++) waiting[level][i][j] = acc[i][j];
-  }
-  const bool whole = t.tokens == mr && t.rows == nr;
-  for (int i = 0; i < mr; i++)
-    for (int j = 0; j < nv; j++) {
-      const int64_t n = i < t.tokens ? t.rows - j * L : 0;
-      float* y = t.y + i * t.ldy + j * L;
-      F v = acc[i][j];
-      if (t.bias) v = v + (n >= L ? load<F>(t.bias + j * L) : load_part(t.bias + j * L, n));
-      if (t.beta) v = v + (n >= L ? load<F>(y) : load_part(y, n));
-      if (whole || n >= L)
-        store(y, v);
-      else
-        store_part(y, v, n);
+  const int64_t lane_a = lane_size(t.k, mr), lane_b = lane_size(t.k, nr), panel = mr * t.k + lane_gaps;
+  F waiting[lane_panels][levels][mr][nv];
+  for (int n = 0; n < L; n++)
+    for (int p = 0; p < panels; p++) {
+      F acc[mr][nv];
+      EAC_UNROLL
+      for (int i = 0; i < mr; i++) EAC_UNROLL
+      for (int j = 0; j < nv; j++) acc[i][j] = F{};
+      add_products<float, mr, nv, 0>(acc, t.k / L, t.a + p * panel + n * lane_a, t.b + n * lane_b, nr, nullptr);
+      int level = 0;
+      for (; n >> level & 1; level++) EAC_UNROLL
+      for (int i = 0; i < mr; i++) EAC_UNROLL
+      for (int j = 0; j < nv; j++) acc[i][j] = waiting[p][level][i][j] + acc[i][j];
+      if (level < levels) {
+        EAC_UNROLL
+        for (int i = 0; i < mr; i++) EAC_UNROLL
+        for (int j = 0; j < nv; j++) waiting[p][level][i][j] = acc[i][j];
+        continue;
+      }
+      const int64_t tokens = t.tokens - p * mr < mr ? t.tokens - p * mr : mr;
+      for (int i = 0; i < mr; i++)
+        for (int j = 0; j < nv; j++) {
+          const int64_t count = i < tokens ? t.rows - j * L : 0;
+          float* y = t.y + (p * mr + i) * t.ldy + j * L;
+          F v = acc[i][j];
+          if (t.bias) v = v + (count >= L ? load<F>(t.bias + j * L) : load_part(t.bias + j * L, count));
+          if (t.beta) v = v + (count >= L ? load<F>(y) : load_part(y, count));
+          if (count >= L)
+            store(y, v);
+          else
+            store_part(y, v, count);
+        }
     }
 }
 
-void lane_tile(const LaneTile& t) {
+void lane_tile(const LaneTile& all) {
   constexpr int mr = EAC_MR, nv = EAC_NV;
-  switch (tile_height<float, mr, nv>(t.tokens)) {
-    case 1: return lane_tile_of<1, nv>(t);
-    case 2: return lane_tile_of<2, nv>(t);
-    case 4: return lane_tile_of<4, nv>(t);
-    case 8: return lane_tile_of < mr < 8 ? mr : 8, nv > (t);
-    default: return lane_tile_of<mr, nv>(t);
+  for (LaneTile t = all; t.tokens > 0;) {
+    const int panels = t.tokens < mr ? 1 : t.tokens / mr < lane_panels ? int(t.tokens / mr) : lane_panels;
+    switch (tile_height<float, mr, nv>(t.tokens)) {
+      case 1: lane_tiles<1, nv>(t, 1); break;
+      case 2: lane_tiles<2, nv>(t, 1); break;
+      case 4: lane_tiles<4, nv>(t, 1); break;
+      case 8: lane_tiles < mr<8 ? mr : 8, nv>(t, 1); break;
+      default: lane_tiles<mr, nv>(t, panels);
+    }
+    t.tokens -= panels * mr, t.a += panels * (mr * t.k + lane_gaps), t.y += panels * mr * t.ldy;
   }
 }

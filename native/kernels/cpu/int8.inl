@@ -132,25 +132,27 @@ EAC_INLINE void int8_tile(const Int8Dot& d, int64_t panel, PanelCodes w, int64_t
     }
 #endif
     while (done < units) {
-      const int64_t stop = done + narrow_units<limit> < units ? done + narrow_units<limit> : units;
       Narrow narrow[P][vectors][T];
       EAC_UNROLL
       for (int p = 0; p < P; p++) EAC_UNROLL
       for (int v = 0; v < vectors; v++) EAC_UNROLL
       for (int t = 0; t < T; t++) narrow[p][v][t] = Narrow{};
-      for (; done < stop; done++, codes += unit_bytes) {
+      for (int64_t n = 0; n < narrow_units<limit> && done < units; n++, done++, codes += unit_bytes) {
         ask_ahead();
         Quads four[T];
         EAC_UNROLL
         for (int s = 0; s < 8; s++) {
-          if (s % quads == 0) EAC_UNROLL
-          for (int t = 0; t < T; t++) four[t] = load<Quads>(x[t] + s * 4);
+          // The codes of a step stay in registers while the tokens pass.
+          U c[P][vectors];
           EAC_UNROLL
           for (int p = 0; p < P; p++) EAC_UNROLL
-          for (int v = 0; v < vectors; v++) {
-            const U c = step_codes<bits>(codes + p * w.stride, s, v);
+          for (int v = 0; v < vectors; v++) c[p][v] = step_codes<bits>(codes + p * w.stride, s, v);
+          EAC_UNROLL
+          for (int t = 0; t < T; t++) {
+            if (s % quads == 0) four[t] = load<Quads>(x[t] + s * 4);
             EAC_UNROLL
-            for (int t = 0; t < T; t++) narrow[p][v][t] = multiply_add(narrow[p][v][t], c, four[t], s % quads);
+            for (int p = 0; p < P; p++) EAC_UNROLL
+            for (int v = 0; v < vectors; v++) narrow[p][v][t] = multiply_add(narrow[p][v][t], c[p][v], four[t], s % quads);
           }
         }
         EAC_UNROLL
@@ -182,11 +184,19 @@ template <int bits, int limit, int P, int T> __attribute__((noinline)) void int8
   int8_tile<bits, limit, P, T>(d, panel, w, begin, end, token);
 }
 
-// Tokens [0, n) in tiles of nearly equal size.
+// Packed codes of P panels that are unpacked next: `lines` cache lines of each.
+struct NextChunk {
+  const uint8_t* codes = nullptr;
+  int64_t stride = 0, lines = 0;
+};
+
+// Tokens [0, n) in tiles of nearly equal size; each tile asks for its part of `next`.
 template <int bits, int limit, int P>
-EAC_INLINE void int8_tokens(const Int8Dot& d, int64_t panel, PanelCodes w, int64_t begin, int64_t end) {
+EAC_INLINE void int8_tokens(const Int8Dot& d, int64_t panel, PanelCodes w, int64_t begin, int64_t end, NextChunk next = {}) {
   const int64_t tiles = (d.n + EAC_INT8_TOKENS - 1) / EAC_INT8_TOKENS;
   for (int64_t i = 0, t = 0; i < tiles; i++) {
+    for (int64_t line = i * next.lines / tiles; line < (i + 1) * next.lines / tiles; line++) EAC_UNROLL
+    for (int p = 0; p < P; p++) __builtin_prefetch(next.codes + p * next.stride + line * 64, 0, 2);
     const int64_t n = (d.n - t + tiles - i - 1) / (tiles - i);
     switch (n) {
       case 1: int8_tile_of<bits, limit, P, 1>(d, panel, w, begin, end, t); break;
@@ -212,19 +222,22 @@ template <int bits> EAC_INLINE void unpack_units(const uint8_t* codes, int64_t u
   for (int v = 0; v < vectors; v++) store(out + s * 64 + v * 4 * L, step_codes<bits>(codes, s, v));
 }
 
-template <int bits, int P> void int8_many_tokens(const Int8Dot& d, int64_t panel, const uint8_t* codes) {
+template <int bits, int P> void int8_many_tokens(const Int8Dot& d, int64_t panel, PanelCodes w) {
   alignas(64) uint8_t unpacked[P * chunk_units * unpacked_unit];
+  constexpr int64_t unit_bytes = bits * 64;
   const int64_t blocks_per_chunk = chunk_units * 32 / d.x.block;
   for (int64_t unit = 0, b = 0; unit < d.units; unit += chunk_units, b += blocks_per_chunk) {
     const int64_t units = d.units - unit < chunk_units ? d.units - unit : chunk_units;
     for (int p = 0; p < P; p++)
 #ifdef EAC_I8MM
-      unpack_pairs<bits>(codes + p * d.w.panel_bytes + unit * bits * 64, units, unpacked + p * chunk_units * unpacked_unit);
+      unpack_pairs<bits>(w.data + p * w.stride + unit * unit_bytes, units, unpacked + p * chunk_units * unpacked_unit);
 #else
-      unpack_units<bits>(codes + p * d.w.panel_bytes + unit * bits * 64, units, unpacked + p * chunk_units * unpacked_unit);
+      unpack_units<bits>(w.data + p * w.stride + unit * unit_bytes, units, unpacked + p * chunk_units * unpacked_unit);
 #endif
     const int64_t end = b + blocks_per_chunk < d.x.blocks ? b + blocks_per_chunk : d.x.blocks;
-    int8_tokens<8, bits, P>(d, panel, {unpacked, chunk_units * unpacked_unit, {}}, b, end);
+    const int64_t after = unit + chunk_units;
+    const NextChunk next{after < d.units ? w.data + after * unit_bytes : w.after.codes, w.stride, chunk_units * bits};
+    int8_tokens<8, bits, P>(d, panel, {unpacked, chunk_units * unpacked_unit, {}}, b, end, next);
   }
 }
 
@@ -254,7 +267,7 @@ template <int bits> void dot_int8_bits(const Int8Dot& d) {
     else if (d.n <= EAC_INT8_TOKENS)
       int8_tokens<bits, bits, many>(d, panel, w, 0, d.x.blocks);
     else
-      int8_many_tokens<bits, many>(d, panel, w.data);
+      int8_many_tokens<bits, many>(d, panel, w);
   }
 }
 

@@ -67,11 +67,12 @@ struct DotPanel {
   float* y;
 };
 
-// The same for packed operands: y (tokens, rows) = beta * y + A · B^T + bias, tokens and rows at most those of a GEMM tile.
+// The same for packed operands: y (tokens, rows) = beta * y + A · B^T + bias, rows at most those of a GEMM tile.
 struct LaneTile {
   int64_t k, tokens, rows;
-  const float *a, *b;  // panels of pack_lanes: tokens, as wide as gemm_f32.height(tokens); rows, gemm_f32.nr wide
-  const float* bias;   // or null
+  const float* a;     // panels of pack_lanes, gemm_f32.mr tokens each, the last as wide as gemm_f32.height(what is left)
+  const float* b;     // one panel, gemm_f32.nr rows wide
+  const float* bias;  // or null
   bool beta;
   float* y;
   int64_t ldy;

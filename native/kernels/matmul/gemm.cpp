@@ -60,22 +60,25 @@ template <class T> struct Panels {
   T* out;
   int (*last_width)(int64_t);  // of the last panel, by how many rows it holds; null: like the others
 
-  static constexpr int64_t per_task = 8;
+  // Rows of memory along k: some panels a task. Rows of memory across panels: long pieces of some rows, or each would be a page of its own for
+  // a few bytes; 16 at a time, so that all panels take theirs while the pages are at hand.
+  bool across() const { return source.stride == 1; }
+  int64_t task_panels() const { return across() ? ceil_div(1024, width) : 8; }
+  int64_t task_k() const { return across() ? k_block / 4 : k_block; }
   int64_t panels() const { return ceil_div(count, width); }
-  int64_t tasks_per_block() const { return ceil_div(panels(), per_task); }
-  int64_t tasks() const { return tasks_per_block() * ceil_div(k, k_block); }
+  int64_t groups() const { return ceil_div(panels(), task_panels()); }
+  int64_t tasks() const { return groups() * ceil_div(k, task_k()); }
   const T* block(int64_t k0) const { return out + panels() * width * k0; }
   void pack(int64_t task) const {
-    const int64_t k0 = task / tasks_per_block() * k_block, n = std::min(k_block, k - k0);
-    const int64_t first = task % tasks_per_block() * per_task, end = std::min(panels(), first + per_task);
-    T* to = out + panels() * width * k0;
-    // Rows of memory that run across panels: a few at a time, so that all panels take theirs while the pages are at hand.
-    const int64_t step = source.stride == 1 ? std::min<int64_t>(n, 16) : n;
-    for (int64_t q = 0; q < n; q += step)
+    const int64_t k0 = task / groups() * task_k(), k1 = std::min(k, k0 + task_k());
+    const int64_t begin = k0 / k_block * k_block, n = std::min(k_block, k - begin);
+    const int64_t first = task % groups() * task_panels(), end = std::min(panels(), first + task_panels());
+    const int64_t step = across() ? 16 : k_block;
+    for (int64_t q = k0; q < k1; q += step)
       for (int64_t p = first; p < end; p++) {
         const int64_t rows = std::min(width, count - p * width), height = last_width ? last_width(rows) : width;
-        kernels<T>().pack(offset(source, p * width, k0 + q), height, rows, std::min(step, n - q),
-                          scale ? scale + k0 + q : nullptr, to + p * width * n + q * height);
+        kernels<T>().pack(offset(source, p * width, q), height, rows, std::min(step, k1 - q), scale ? scale + q : nullptr,
+                          out + panels() * width * begin + p * width * n + (q - begin) * height);
       }
   }
 };

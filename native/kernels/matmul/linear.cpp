@@ -21,6 +21,7 @@ constexpr int64_t token_block = 96;  // tokens per expansion: their f32 rows sta
 constexpr int64_t packed_from = 96;                        // from so many tokens on, packing pays
 constexpr int64_t packed_tokens_bytes = int64_t(1) << 24;  // packed at a time
 constexpr int64_t packed_rows_bytes = int64_t(1) << 19;    // of W, packed by a task: they stay in its L2
+constexpr int64_t token_panels = 4;
 
 struct Weights {
   const Tensor* dense;
@@ -192,10 +193,12 @@ class ManyTokens {
     parallel_for(row_tasks * shares, [&](int64_t task) {
       const int64_t begin = task / shares * rows, end = std::min(out, begin + rows), share = task % shares;
       const float* weights = pack_weights(begin, end);
-      for (int64_t p = panels_ * share / shares; p < panels_ * (share + 1) / shares; p++)
+      // Some panels of tokens at a time: they stay in L2 while the rows pass.
+      const int64_t last = panels_ * (share + 1) / shares;
+      for (int64_t p = panels_ * share / shares; p < last; p += token_panels)
         for (int64_t r = begin; r < end; r += nr_)
           kern_.lane_tile({.k = padded_,
-                           .tokens = panel_tokens(p),
+                           .tokens = std::min(n_, std::min(last, p + token_panels) * mr_) - p * mr_,
                            .rows = std::min(nr_, end - r),
                            .a = tokens_ + p * panel_size(mr_),
                            .b = weights + (r - begin) / nr_ * panel_size(nr_),
@@ -248,11 +251,8 @@ void linear_serial(const float* x, int64_t ldx, int64_t n, const Matrix& w, cons
 void linear(const float* x, int64_t ldx, int64_t n, const Matrix& w, const Tensor* bias, float beta, float* y, int64_t ldy) {
   const int64_t out = out_features(w), threads = thread_count();
   if (n <= 0 || out <= 0) return;
-  if (threads == 1 || double(out) * double(in_features(w)) * double(n) < 1 << 16) {
-    linear_serial(x, ldx, n, w, bias, 0, out, beta, y, ldy);
-    return;
-  }
-  if (n >= packed_from) {
+  const bool small = double(out) * double(in_features(w)) * double(n) < 1 << 16;
+  if (n >= packed_from && !small) {
     check(w, bias, beta);
     const Weights weights(w);
     const float* b = bias_f32(bias, 0, out);
@@ -260,6 +260,10 @@ void linear(const float* x, int64_t ldx, int64_t n, const Matrix& w, const Tenso
     const int64_t blocks = ceil_div(n, most), size = ceil_div(n, blocks);
     for (int64_t t = 0; t < n; t += size)
       ManyTokens(x + t * ldx, ldx, std::min(size, n - t), weights).run(out, b, beta != 0, y + t * ldy, ldy);
+    return;
+  }
+  if (threads == 1 || small) {
+    linear_serial(x, ldx, n, w, bias, 0, out, beta, y, ldy);
     return;
   }
   // Pieces of rows by blocks of tokens, some for each thread so that none waits long at the end.
