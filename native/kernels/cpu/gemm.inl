@@ -258,15 +258,18 @@ template <int mr, int nv> void lane_tiles(const LaneTile& t, int panels) {
 
 void lane_tile(const LaneTile& all) {
   constexpr int mr = EAC_MR, nv = EAC_NV;
-  for (LaneTile t = all; t.tokens > 0;) {
-    const int panels = t.tokens < mr ? 1 : t.tokens / mr < lane_panels ? int(t.tokens / mr) : lane_panels;
-    switch (tile_height<float, mr, nv>(t.tokens)) {
-      case 1: lane_tiles<1, nv>(t, 1); break;
-      case 2: lane_tiles<2, nv>(t, 1); break;
-      case 4: lane_tiles<4, nv>(t, 1); break;
-      case 8: lane_tiles < mr<8 ? mr : 8, nv>(t, 1); break;
-      default: lane_tiles<mr, nv>(t, panels);
-    }
+  LaneTile t = all;
+  while (t.tokens >= mr) {
+    const int panels = t.tokens / mr < lane_panels ? int(t.tokens / mr) : lane_panels;
+    lane_tiles<mr, nv>(t, panels);
     t.tokens -= panels * mr, t.a += panels * (mr * t.k + lane_gaps), t.y += panels * mr * t.ldy;
+  }
+  if (t.tokens == 0) return;
+  switch (tile_height<float, mr, nv>(t.tokens)) {
+    case 1: return lane_tiles<1, nv>(t, 1);
+    case 2: return lane_tiles<2, nv>(t, 1);
+    case 4: return lane_tiles<4, nv>(t, 1);
+    case 8: return lane_tiles < mr < 8 ? mr : 8, nv > (t, 1);
+    default: return lane_tiles<mr, nv>(t, 1);
   }
 }
