@@ -218,13 +218,12 @@ void pack_lanes(const float* in, int64_t stride, int64_t width, int64_t count, i
 }
 
 // Some panels of tokens, `tokens` in the last, with one of rows: a lane's part of that one stays in L1 while the tokens pass.
-constexpr int lane_panels = 4;
-template <int mr, int nv> void lane_tiles(const LaneTile& t, int panels) {
+template <int mr, int nv> void lane_tiles(const LaneTile& t, int64_t panels) {
   constexpr int nr = nv * L, levels = L == 16 ? 4 : L == 8 ? 3 : 2;
-  const int64_t lane_a = lane_size(t.k, mr), lane_b = lane_size(t.k, nr), panel = mr * t.k + lane_gaps;
+  const int64_t lane_a = lane_size(t.k, mr), lane_b = lane_size(t.k, nr), panel = lane_panel_size(t.k, mr);
   F waiting[lane_panels][levels][mr][nv];
   for (int n = 0; n < L; n++)
-    for (int p = 0; p < panels; p++) {
+    for (int64_t p = 0; p < panels; p++) {
       F acc[mr][nv];
       EAC_UNROLL
       for (int i = 0; i < mr; i++) EAC_UNROLL
@@ -259,11 +258,9 @@ template <int mr, int nv> void lane_tiles(const LaneTile& t, int panels) {
 void lane_tile(const LaneTile& all) {
   constexpr int mr = EAC_MR, nv = EAC_NV;
   LaneTile t = all;
-  while (t.tokens >= mr) {
-    const int panels = t.tokens / mr < lane_panels ? int(t.tokens / mr) : lane_panels;
-    lane_tiles<mr, nv>(t, panels);
-    t.tokens -= panels * mr, t.a += panels * (mr * t.k + lane_gaps), t.y += panels * mr * t.ldy;
-  }
+  const int64_t whole = t.tokens / mr;
+  if (whole > 0) lane_tiles<mr, nv>(t, whole);
+  t.tokens -= whole * mr, t.a += whole * lane_panel_size(t.k, mr), t.y += whole * mr * t.ldy;
   if (t.tokens == 0) return;
   switch (tile_height<float, mr, nv>(t.tokens)) {
     case 1: return lane_tiles<1, nv>(t, 1);

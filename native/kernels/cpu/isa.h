@@ -67,7 +67,8 @@ struct DotPanel {
   float* y;
 };
 
-// The same for packed operands: y (tokens, rows) = beta * y + A · B^T + bias, rows at most those of a GEMM tile.
+// The same for packed operands: y (tokens, rows) = beta * y + A · B^T + bias, rows at most those of a GEMM tile, tokens
+// those of lane_panels.
 struct LaneTile {
   int64_t k, tokens, rows;
   const float* a;     // panels of pack_lanes, gemm_f32.mr tokens each, the last as wide as gemm_f32.height(what is left)
@@ -93,7 +94,9 @@ struct SamplingWeights {
 };
 
 constexpr int64_t tile_prefetch = 4;
-constexpr int64_t lane_gaps = 256;  // floats that a panel of pack_lanes is longer than its elements
+// Floats of a panel of pack_lanes: its elements, and gaps between the lanes. lane_tile takes up to lane_panels of tokens.
+constexpr int64_t lane_panel_size(int64_t k, int64_t width) { return k * width + 256; }
+constexpr int64_t lane_panels = 4;
 
 template <class T> struct GemmKernels {
   int mr, nr;  // register tile of C
@@ -128,8 +131,8 @@ struct Isa {
   int token_tile;                        // tokens that dot_panel handles at a time
   int64_t k_block;                       // channels per block that suit the caches
   void (*dot_panel)(const DotPanel& p);  // k a multiple of 32
-  // Many tokens: operands packed once, k a multiple of 32. `count` <= width rows, contiguous along k, become a panel of k * width + lane_gaps
-  // floats, zero padded; the order of its channels is lane_tile's own.
+  // Many tokens: operands packed once, k a multiple of 32. `count` <= width rows, contiguous along k, become a panel of
+  // lane_panel_size floats, zero padded; the order of its channels is lane_tile's own.
   void (*pack_lanes)(const float* in, int64_t stride, int64_t width, int64_t count, int64_t k, float* out);
   void (*lane_tile)(const LaneTile& t);
   // y[r] = dot(w row r, x), r < rows; k a multiple of 32. w: f32, f16 or bf16, row stride ldw in elements.

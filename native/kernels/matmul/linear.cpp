@@ -21,7 +21,6 @@ constexpr int64_t token_block = 96;  // tokens per expansion: their f32 rows sta
 constexpr int64_t packed_from = 96;                        // from so many tokens on, packing pays
 constexpr int64_t packed_tokens_bytes = int64_t(1) << 24;  // packed at a time
 constexpr int64_t packed_rows_bytes = int64_t(1) << 19;    // of W, packed by a task: they stay in its L2
-constexpr int64_t token_panels = 4;
 
 struct Weights {
   const Tensor* dense;
@@ -139,7 +138,7 @@ class ManyTokens {
   const int64_t mr_ = kern_.gemm_f32.mr, nr_ = kern_.gemm_f32.nr, panels_ = ceil_div(n_, mr_);
   const float* tokens_ = nullptr;
 
-  int64_t panel_size(int64_t width) const { return width * padded_ + lane_gaps; }
+  int64_t panel_size(int64_t width) const { return lane_panel_size(padded_, width); }
   int64_t panel_tokens(int64_t p) const { return std::min(mr_, n_ - p * mr_); }
 
   const float* pack_tokens() const {
@@ -195,10 +194,10 @@ class ManyTokens {
       const float* weights = pack_weights(begin, end);
       // Some panels of tokens at a time: they stay in L2 while the rows pass.
       const int64_t last = panels_ * (share + 1) / shares;
-      for (int64_t p = panels_ * share / shares; p < last; p += token_panels)
+      for (int64_t p = panels_ * share / shares; p < last; p += lane_panels)
         for (int64_t r = begin; r < end; r += nr_)
           kern_.lane_tile({.k = padded_,
-                           .tokens = std::min(n_, std::min(last, p + token_panels) * mr_) - p * mr_,
+                           .tokens = std::min(n_, std::min(last, p + lane_panels) * mr_) - p * mr_,
                            .rows = std::min(nr_, end - r),
                            .a = tokens_ + p * panel_size(mr_),
                            .b = weights + (r - begin) / nr_ * panel_size(nr_),

@@ -145,7 +145,7 @@ template <int rows> __device__ __forceinline__ void store_tile(const Product& p,
 template <int rows, int planes, bool dense>
 __global__ __launch_bounds__(tile_threads, rows > 16 ? 1 : 2) void tiles_kernel(Product p) {
   Tile t;
-  if (!find_tile(p, p.role == Role::gate_up ? tile_slab / 2 : tile_slab, t)) return;
+  if (!find_tile(p, tile_channels(p), t)) return;
   const Weight w = matrix_of(p, t, threadIdx.x >= tile_threads / 2);
   const int units = int(units_of(w.cols)), slice = int(blockIdx.y), slices = int(gridDim.y);
   const int begin = int(int64_t(units) * slice / slices), end = int(int64_t(units) * (slice + 1) / slices);
@@ -162,7 +162,7 @@ __global__ __launch_bounds__(tile_threads, rows > 16 ? 1 : 2) void tiles_kernel(
 }
 
 template <int rows, int planes> void launch_tiles(Context& c, const Product& p, int64_t pairs) {
-  const int64_t blocks = most_tiles(p, pairs, p.role == Role::gate_up ? tile_slab / 2 : tile_slab);
+  const int64_t blocks = most_tiles(p, pairs, tile_channels(p));
   const dim3 grid(unsigned(blocks), unsigned(p.slices));
   if (p.path == Path::bf16)
     launch<tiles_kernel<rows, planes, true>>(c, {grid, dim3(tile_threads), Shape<rows, planes, true>::shared}, p);

@@ -8,6 +8,11 @@ namespace eac::cuda {
 // A block: 8 warps × 2 panels of 16 channels. Of gate_up the first four warps have the gate's rows, the others the up matrix's.
 inline constexpr int tile_threads = 256, warp_panels = 2;
 
+// Output channels of a block: gate_up's rows are half gate, half up.
+__host__ __device__ inline int tile_channels(const Product& p) {
+  return int(p.role == Role::gate_up ? tile_slab / 2 : tile_slab);
+}
+
 // Rows of 64 bf16 in shared memory, their chunks of 16 bytes exchanged so that eight rows' equal chunks lie in different banks.
 __device__ __forceinline__ int swizzled(int row, int chunk) { return row * 128 + (chunk ^ (row & 7)) * 16; }
 

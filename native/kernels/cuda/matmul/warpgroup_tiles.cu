@@ -300,7 +300,7 @@ template <int planes, bool dense> __device__ __forceinline__ void run(const Prod
   using S = Shape<planes, dense>;
   __shared__ uint64_t full[S::stages], empty[S::stages];
   Tile t;
-  if (!find_tile(p, p.role == Role::gate_up ? tile_slab / 2 : tile_slab, t)) return;
+  if (!find_tile(p, tile_channels(p), t)) return;
   if (threadIdx.x < S::stages) signal_create(full + threadIdx.x, 4), signal_create(empty + threadIdx.x, tile_threads / 32);
   __syncthreads();
   unsigned char* memory = dynamic_shared<unsigned char>();
@@ -324,7 +324,7 @@ template <int planes, bool dense> __global__ __launch_bounds__(threads, 1) void 
 }
 
 template <int planes, bool dense> void launch_tiles(Context& c, const Product& p, int64_t pairs) {
-  const int64_t blocks = most_tiles(p, pairs, p.role == Role::gate_up ? tile_slab / 2 : tile_slab);
+  const int64_t blocks = most_tiles(p, pairs, tile_channels(p));
   launch<warpgroup_tiles_kernel<planes, dense>>(
       c, {dim3(unsigned(blocks), unsigned(p.slices)), dim3(threads), Shape<planes, dense>::shared}, p);
 }
