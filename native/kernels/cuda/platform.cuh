@@ -29,6 +29,11 @@ template <class T> __device__ __forceinline__ T* dynamic_shared() {
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+// v, which the compiler keeps in a register, where it would compute it once more for each use.
+__device__ __forceinline__ uint32_t fixed(uint32_t v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
 
 // Two floats rounded to nearest even as bf16, `low` in the low half.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
@@ -95,6 +100,10 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid = true) {
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes) : "memory");
+}
+// To a shared_address().
+__device__ __forceinline__ void copy_async(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most n of this thread's groups are under way; other threads' copies need a barrier besides.

@@ -13,16 +13,18 @@
 namespace eac::cuda {
 namespace {
 
-constexpr int threads = 256, parts = 4, panels = 2, block_channels = 64, ring_bytes = 6 * 1024;
+constexpr int threads = 256, parts = 4, panels = 2, block_channels = 64, ring_bytes = 7680;
+constexpr int pair_units = 2;  // of a row that a warp takes at a time: 128 channels, mostly a group
+constexpr int step = parts * pair_units;  // units from a warp's pair to its next
 
 // What a block multiplies.
 struct Job {
   Weight weight;       // of this warp
   int64_t panel, row;  // row: of the input's planes
-  int begin, end;      // units
+  int begin, end;      // units; begin is even
 };
 
-// The inputs that a lane gives to the operand b of a unit.
+// The inputs that a lane gives to the operand b of a pair of units.
 template <int tiles, bool exact> class Inputs {
  public:
   __device__ __forceinline__ Inputs(const Planes& in, int64_t row, int64_t n, int lane) {
@@ -33,120 +35,137 @@ template <int tiles, bool exact> class Inputs {
       at_[t] = token < n ? plane + (row + token) * in.stride + lane % 4 * 16 : nullptr;
     }
   }
-  __device__ __forceinline__ void load(int unit, uint4 (&b)[tiles][2]) const {
+  // b: zeros before the first call, where a lane has no row. `both`: the second unit is there, too.
+  __device__ __forceinline__ void load(int unit, bool both, uint4 (&b)[tiles][2 * pair_units]) const {
 #pragma unroll
-    for (int t = 0; t < tiles; t++)
-#pragma unroll
-      for (int half = 0; half < 2; half++)
-        b[t][half] = at_[t] ? *reinterpret_cast<const uint4*>(at_[t] + unit * unit_cols + half * 8) : make_uint4(0, 0, 0, 0);
+    for (int t = 0; t < tiles; t++) {
+      if (!at_[t]) continue;
+      const uint4* at = reinterpret_cast<const uint4*>(at_[t] + unit * unit_cols);
+      b[t][0] = at[0], b[t][1] = at[1];
+      if (both)
+        b[t][2] = at[8], b[t][3] = at[9];
+      else
+        b[t][2] = b[t][3] = make_uint4(0, 0, 0, 0);
+    }
   }
 
  private:
   const uint16_t* at_[tiles];
 };
 
-// A warp's units on their way through its part of the shared memory. groups: of a unit, 1 or 2.
+// A warp's pairs of units on their way through a ring in shared memory of its own. groups: of a pair, 1 or 4.
 template <int bits, int groups> class Units {
  public:
-  __device__ __forceinline__ Units(const Job& j, unsigned char* memory, int lane) : memory_(memory), lane_(lane) {
+  static constexpr int slot_bytes = panels * (pair_units * unit_bytes(bits) + groups * 64);
+  static constexpr int slots = ring_bytes / slot_bytes;
+
+  __device__ __forceinline__ Units(const Job& j, int first, unsigned char* ring, int lane)
+      : ring_(ring), lane_(lane), to_(fixed(shared_address(ring) + lane * 16)), next_(first), row_end_(j.end) {
     const int64_t units = units_of(j.weight.cols), last = panels_of(j.weight.rows) - 1;
-    const uint32_t halves = uint32_t(halves_of_group(j.weight));
-    group_of_half_ = (1u << 31) / halves + 1;
+    part_of_half_ = (1u << 31) / uint32_t(halves_of_group(j.weight)) + 1;
     last_group_ = int(groups_of(j.weight.cols, j.weight.group_size)) - 1;
     // Padding repeats the last panel, in vain.
-    for (int i = 0; i < copies; i++)
-      codes_[i] = static_cast<const unsigned char*>(j.weight.data) +
-                  min(j.panel + chunk(i) / panel_chunks, last) * units * unit_bytes(bits) + chunk(i) % panel_chunks * 16;
+#pragma unroll
+    for (int i = 0; i < copies; i++) {
+      const int64_t panel = min(j.panel + chunk(i) / panel_chunks, last);
+      codes_[i] = static_cast<const unsigned char*>(j.weight.data) + (panel * units + first) * unit_bytes(bits) + chunk(i) % panel_chunks * 16;
+      end_[i] = j.end - chunk(i) % panel_chunks / unit_chunks;
+    }
     params_ = reinterpret_cast<const unsigned char*>(params_of(j.weight, min(j.panel + lane / (4 * groups) % panels, last), 0)) +
               lane % 4 * 16;
   }
-  __device__ __forceinline__ void copy(int slot, int unit) const {
-    unsigned char* to = memory_ + slot * slot_bytes;
+  // The next pair. Beyond the end of a row nothing is copied: codes are finite whatever they are, and their inputs are zeros.
+  __device__ __forceinline__ void copy(int slot) {
 #pragma unroll
-    for (int i = 0; i < copies; i++)
-      if (chunk(i) < panels * panel_chunks) copy_async(to + chunk(i) * 16, codes_[i] + int64_t(unit) * unit_bytes(bits));
-    if (lane_ < panels * groups * 4) {
-      // half / halves_of_group, exact while (2 units)^2 < 2^31
-      const int group = int(uint64_t(unit * 2 + lane_ / 4 % groups) * group_of_half_ >> 31);
-      copy_async(to + panels * unit_bytes(bits) + lane_ * 16, params_ + min(group, last_group_) * 64);
+    for (int i = 0; i < copies; i++) {
+      if (next_ < end_[i]) copy_async(to_ + slot + i * 512, codes_[i]);
+      codes_[i] += step * unit_bytes(bits);
     }
+    if (lane_ < panels * groups * 4 && next_ < row_end_) {
+      // half / halves_of_group, exact while (2 units)^2 < 2^31
+      const int group = int(__umulhi(uint32_t(next_ * 2 + lane_ / 4 % groups) * 2, part_of_half_));
+      copy_async(to_ + slot + panels * pair_units * unit_bytes(bits), params_ + min(group, last_group_) * 64);
+    }
+    next_ += step;
   }
-  __device__ __forceinline__ Codes<bits> codes(int slot, int panel) const {
+  __device__ __forceinline__ Codes<bits> codes(int slot, int panel, int unit) const {
     Codes<bits> c;
-    c.load_shared(memory_ + slot * slot_bytes + panel * unit_bytes(bits), lane_);
+    c.load_shared(ring_ + slot + (panel * pair_units + unit) * unit_bytes(bits), lane_);
     return c;
   }
   __device__ __forceinline__ GroupParams params(int slot, int panel, int group) const {
-    const unsigned char* at = memory_ + slot * slot_bytes + panels * unit_bytes(bits) + (panel * groups + group) * 64;
+    const unsigned char* at = ring_ + slot + panels * pair_units * unit_bytes(bits) + (panel * groups + group) * 64;
     return GroupParams(reinterpret_cast<const uint2*>(at)[lane_ / 4]);
   }
 
-  static constexpr int slot_bytes = panels * (unit_bytes(bits) + groups * 64);
-  static constexpr int slots = ring_bytes / slot_bytes;
-
  private:
-  static constexpr int panel_chunks = unit_bytes(bits) / 16, copies = (panels * panel_chunks + 31) / 32;
+  static constexpr int unit_chunks = unit_bytes(bits) / 16, panel_chunks = pair_units * unit_chunks, copies = panels * panel_chunks / 32;
   __device__ __forceinline__ int chunk(int i) const { return lane_ + i * 32; }
 
-  unsigned char* memory_;
-  int lane_, last_group_;
-  uint32_t group_of_half_;
+  unsigned char* ring_;
+  int lane_;
+  uint32_t to_;
+  int next_, row_end_, last_group_;
+  uint32_t part_of_half_;  // in 2^-31
   const unsigned char *codes_[copies], *params_;
+  int end_[copies];  // of the units that have these codes
 };
 
 template <int tiles> using Totals = float[panels][tiles][4];
 
-// totals += one panel's unit times the inputs.
+// totals += one panel's pair of units times the inputs.
 template <int bits, int groups, int tiles>
-__device__ __forceinline__ void multiply_unit(const Units<bits, groups>& units, int slot, int panel, const uint4 (&b)[tiles][2],
-                                              float (&totals)[tiles][4]) {
-  const Codes<bits> codes = units.codes(slot, panel);
-  const GroupParams first = units.params(slot, panel, 0), second = units.params(slot, panel, groups - 1);
-  float sums[tiles][groups][4] = {};
+__device__ __forceinline__ void multiply_pair(const Units<bits, groups>& units, int slot, int panel,
+                                              const uint4 (&b)[tiles][2 * pair_units], float (&totals)[tiles][4]) {
+  constexpr int halves = 2 * pair_units / groups;  // of a group
 #pragma unroll
-  for (int half = 0; half < 2; half++) {
-    uint32_t a[2][4];
-    if (half == 0)
-      operand<bits, 0, false>(codes, first, a[0]), operand<bits, 4, false>(codes, first, a[1]);
-    else
-      operand<bits, 8, false>(codes, second, a[0]), operand<bits, 12, false>(codes, second, a[1]);
+  for (int group = 0; group < groups; group++) {
+    const GroupParams params = units.params(slot, panel, group);
+    float sums[tiles][4] = {};
 #pragma unroll
-    for (int t = 0; t < tiles; t++) {
-      mma_bf16(sums[t][half % groups], a[0], {b[t][half].x, b[t][half].y});
-      mma_bf16(sums[t][half % groups], a[1], {b[t][half].z, b[t][half].w});
+    for (int half = group * halves; half < (group + 1) * halves; half++) {
+      const Codes<bits> codes = units.codes(slot, panel, half / 2);
+      uint32_t a[2][4];
+      if (half % 2 == 0)
+        operand<bits, 0>(codes, params, a[0]), operand<bits, 4>(codes, params, a[1]);
+      else
+        operand<bits, 8>(codes, params, a[0]), operand<bits, 12>(codes, params, a[1]);
+#pragma unroll
+      for (int t = 0; t < tiles; t++) {
+        mma_bf16(sums[t], a[0], {b[t][half].x, b[t][half].y});
+        mma_bf16(sums[t], a[1], {b[t][half].z, b[t][half].w});
+      }
     }
+#pragma unroll
+    for (int t = 0; t < tiles; t++)
+#pragma unroll
+      for (int d = 0; d < 4; d++) totals[t][d] += params.scale[d / 2] * sums[t][d];
   }
-#pragma unroll
-  for (int t = 0; t < tiles; t++)
-#pragma unroll
-    for (int d = 0; d < 4; d++) {
-      totals[t][d] += first.scale[d / 2] * sums[t][0][d];
-      if (groups == 2) totals[t][d] += second.scale[d / 2] * sums[t][groups - 1][d];
-    }
 }
 
 template <int bits, int groups, int tiles, bool exact>
 __device__ __forceinline__ void multiply(const Job& j, const Stream& s, Totals<tiles>& totals) {
   using U = Units<bits, groups>;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = j.begin + warp % parts, end = j.end;
-  const U units(j, dynamic_shared<unsigned char>() + warp * ring_bytes, lane);
-  const auto copy = [&](int slot, int unit) {
-    if (unit < end) units.copy(slot, unit);
-    copy_commit();  // also an empty one: the wait counts groups
-  };
-  for (int i = 0; i < U::slots - 1; i++) copy(i, first + i * parts);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = j.begin + warp % parts * pair_units, end = j.end;
+  U units(j, first, dynamic_shared<unsigned char>() + warp * ring_bytes, lane);
+  for (int i = 0; i < U::slots - 1; i++) {
+    units.copy(i * U::slot_bytes);
+    copy_commit();
+  }
   const Inputs<tiles, exact> inputs(s.in, j.row, s.n, lane);
-  uint4 b[tiles][2];
-  if (first < end) inputs.load(first, b);
-  int slot = 0;
-  for (int unit = first; unit < end; unit += parts) {
+  uint4 b[tiles][2 * pair_units] = {};
+  if (first < end) inputs.load(first, first + 1 < end, b);
+  int slot = 0, read = (U::slots - 1) * U::slot_bytes;
+  for (int unit = first; unit < end; unit += step) {
     copy_wait<U::slots - 2>();
-    __syncwarp();  // every lane's copies are here, and every lane is done with the slot that is filled next
-    copy(slot == 0 ? U::slots - 1 : slot - 1, unit + parts * (U::slots - 1));
+    __syncwarp();  // every lane's copies are here, and every lane has read the slot that is filled next
+    units.copy(read);
+    copy_commit();  // also an empty one: the wait counts groups
 #pragma unroll
-    for (int p = 0; p < panels; p++) multiply_unit<bits, groups, tiles>(units, slot, p, b, totals[p]);
-    if (unit + parts < end) inputs.load(unit + parts, b);  // other warps work meanwhile
-    slot = slot + 1 == U::slots ? 0 : slot + 1;
+    for (int p = 0; p < panels; p++) multiply_pair<bits, groups, tiles>(units, slot, p, b, totals[p]);
+    if (unit + step < end) inputs.load(unit + step, unit + step + 1 < end, b);  // other warps work meanwhile
+    read = slot;
+    slot = slot + U::slot_bytes == U::slots * U::slot_bytes ? 0 : slot + U::slot_bytes;
   }
 }
 
@@ -185,9 +204,9 @@ __device__ __forceinline__ bool find_job(const Stream& s, Spot& at, Job& j) {
     const Expert* e = expert_of(s, at);
     j.weight = s.role == Role::down ? e->down : half ? e->up : e->gate;
   }
-  const int units = int(units_of(j.weight.cols));
+  const int units = int(units_of(j.weight.cols)), pairs = (units + pair_units - 1) / pair_units;
   j.panel = at.channel / unit_rows + (s.role == Role::gate_up ? 0 : half * panels);
-  j.begin = int(int64_t(units) * part / cut), j.end = int(int64_t(units) * (part + 1) / cut);
+  j.begin = pairs * part / cut * pair_units, j.end = min(pairs * (part + 1) / cut * pair_units, units);
   return true;
 }
 
@@ -254,10 +273,10 @@ template <int tiles, bool exact> __global__ __launch_bounds__(threads, tiles == 
   if (!find_job(s, at, j)) return;
   Totals<tiles> totals = {};
   const Weight& w = j.weight;
-  const bool whole = halves_of_group(w) % 2 == 0;
-  if (w.bits == 2) whole ? multiply<2, 1, tiles, exact>(j, s, totals) : multiply<2, 2, tiles, exact>(j, s, totals);
-  if (w.bits == 3) whole ? multiply<3, 1, tiles, exact>(j, s, totals) : multiply<3, 2, tiles, exact>(j, s, totals);
-  if (w.bits == 4) whole ? multiply<4, 1, tiles, exact>(j, s, totals) : multiply<4, 2, tiles, exact>(j, s, totals);
+  const bool whole = halves_of_group(w) % (2 * pair_units) == 0;
+  if (w.bits == 2) whole ? multiply<2, 1, tiles, exact>(j, s, totals) : multiply<2, 4, tiles, exact>(j, s, totals);
+  if (w.bits == 3) whole ? multiply<3, 1, tiles, exact>(j, s, totals) : multiply<3, 4, tiles, exact>(j, s, totals);
+  if (w.bits == 4) whole ? multiply<4, 1, tiles, exact>(j, s, totals) : multiply<4, 4, tiles, exact>(j, s, totals);
   Results& results = *dynamic_shared<Results>();
   __syncthreads();  // the last units have been read
   results.put<tiles, exact>(totals);

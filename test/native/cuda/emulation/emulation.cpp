@@ -233,6 +233,7 @@ Size block_size() { return block.size; }
 Size grid_size() { return block.grid; }
 unsigned char* dynamic_memory() { return window() + dynamic_offset; }
 uint32_t shared_address(const void* p) { return uint32_t(static_cast<const unsigned char*>(p) - window()); }
+void* shared_pointer(uint32_t address) { return window() + address; }
 const unsigned char* published(uint32_t address) {
   return block.published.data() + std::min<size_t>(address, block.published.size() - 16);
 }

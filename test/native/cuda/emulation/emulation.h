@@ -24,6 +24,7 @@ Size block_size();
 Size grid_size();
 unsigned char* dynamic_memory();
 uint32_t shared_address(const void* p);
+void* shared_pointer(uint32_t address);
 // What publish_shared() has shown to the tensor cores, at a shared_address().
 const unsigned char* published(uint32_t address);
 

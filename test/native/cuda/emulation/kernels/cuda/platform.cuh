@@ -89,6 +89,7 @@ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) { emulat
 inline void copy_async(void* shared, const void* global, bool valid = true) {
   emulation::queue_copy(shared, valid ? global : nullptr, 16);
 }
+inline void copy_async(uint32_t shared, const void* global) { emulation::queue_copy(emulation::shared_pointer(shared), global, 16); }
 inline void copy_commit() { emulation::commit_copies(); }
 template <int n> void copy_wait() { emulation::wait_copies(n); }
 
@@ -97,6 +98,7 @@ inline uint2 load_once(const uint2* p) { return *p; }
 inline uint32_t load_once(const uint32_t* p) { return *p; }
 
 inline uint32_t shared_address(const void* p) { return emulation::shared_address(p); }
+inline uint32_t fixed(uint32_t v) { return v; }
 
 inline constexpr bool has_wgmma = true;
 inline void signal_create(uint64_t* signal, int count) { emulation::signal_create(signal, count); }
