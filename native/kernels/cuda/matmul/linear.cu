@@ -14,6 +14,7 @@ namespace {
 constexpr int64_t most_rows = 16384;  // at a time: bounds the scratch memory
 
 __global__ void add_slices_kernel(const float* parts, int64_t slices, int64_t n, bool add, float* out) {
+  wait_for_earlier();
   const int64_t i = global_thread();
   if (i >= n) return;
   float sum = add ? out[i] : 0.f;

@@ -5,6 +5,7 @@ namespace eac::cuda {
 namespace {
 
 __global__ void split_kernel(const float* x, int64_t rows, int64_t cols, Planes p) {
+  wait_for_earlier();
   const int64_t i = global_thread(), quads = p.stride / 4;
   if (i < rows * quads) split_quad(x + i / quads * cols, cols, i % quads, p, i / quads);
 }

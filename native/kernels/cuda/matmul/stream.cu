@@ -268,6 +268,7 @@ __device__ __forceinline__ void store_out(const Stream& s, const Spot& at, const
 }
 
 template <int tiles, bool exact> __global__ __launch_bounds__(threads, tiles == 1 ? 3 : 2) void stream_kernel(Stream s) {
+  wait_for_earlier();
   Spot at;
   Job j;
   if (!find_job(s, at, j)) return;

@@ -30,6 +30,7 @@ __device__ int sum_before(int v, int* shared, int& total) {
 
 // Block e: how many slots chose expert e.
 __global__ __launch_bounds__(threads) void count_kernel(Experts e, int32_t* counts) {
+  wait_for_earlier();
   __shared__ int shared[33];
   int count = 0;
   for (int64_t i = threadIdx.x; i < e.n * e.top_k; i += threads) count += e.indices[i] == int32_t(blockIdx.x);
@@ -39,6 +40,7 @@ __global__ __launch_bounds__(threads) void count_kernel(Experts e, int32_t* coun
 
 // Block e: the pairs of expert e. The last block: the shared expert's, and the slots without a pair.
 __global__ __launch_bounds__(threads) void place_kernel(Experts e, const int32_t* counts, int tile_rows, Dispatch d) {
+  wait_for_earlier();
   __shared__ int shared[33];
   const int expert = int(blockIdx.x), experts = int(e.experts);
   const int64_t slots = e.n * e.top_k;
@@ -81,12 +83,14 @@ __device__ void put_shared_factor(const Experts& e, int64_t token, float* factor
 }
 
 __global__ __launch_bounds__(threads) void shared_factors_kernel(Experts e, float* factor) {
+  wait_for_earlier();
   const int64_t token = int64_t(blockIdx.x) * (threads / 32) + threadIdx.x / 32;
   if (token < e.n) put_shared_factor(e, token, factor);
 }
 
 // The last block: the chosen experts. The others: inputs into planes.
 __global__ __launch_bounds__(threads) void choose_kernel(Experts e, Planes in, int most, int32_t* chosen, float* factor) {
+  wait_for_earlier();
   __shared__ int shared[33];
   __shared__ int32_t indices[most_slots];
   const int64_t slots = e.n * e.top_k, quads = in.stride / 4, i = global_thread();

@@ -38,6 +38,7 @@ bool tensor(const bool (&paths)[3]) { return paths[int(Path::codes)] || paths[in
 
 // Few tokens. parts: (slices of the chosen experts, then of the shared one; n, width).
 __global__ void add_experts_kernel(Experts e, Chosen chosen, int64_t slices, int64_t shared_slices, const float* parts) {
+  wait_for_earlier();
   const int64_t i = global_thread(), size = e.n * e.width;
   if (i >= size) return;
   const int64_t token = i / e.width, channel = i % e.width;
@@ -80,6 +81,7 @@ void run_few(Context& c, const Experts& e) {
 // Many tokens. rows: (slices, pairs, width).
 __global__ void combine_kernel(Experts e, Dispatch d, const float* rows, int64_t slices, int64_t slice_stride,
                                const float* factor) {
+  wait_for_earlier();
   const int64_t i = global_thread();
   if (i >= e.n * e.width) return;
   const int64_t token = i / e.width, channel = i % e.width;
