@@ -2,10 +2,10 @@
 //
 // METHOD      The rows are columns of one operand b of mma_bf16: 8 fast ones, or 4 exact ones as pairs of planes. A block has 64 channels (32 of
 //             gate and up each), half of its warps each half of them; four warps share the units of two panels. A warp copies its units
-//             through a ring in shared memory of its own, so that no warp waits for another before the sums are added. Inputs come from
-//             the L1, where blocks of the same slice find them again.
-// BOUND       Memory: codes and params once. Under way are 5 KB a warp, 24 warps an SM. To dequantize a unit of 1024 weights and multiply takes
-//             about 60 instructions a warp.
+//             through a ring in shared memory of its own, so that no warp waits for another before the sums are added; it fills the ring
+//             before the launches that make its inputs have ended. Inputs come from the L1, where blocks of the same slice find them again.
+// BOUND       Memory: codes and params once. Under way are 4 to 6 KB a warp, 24 warps an SM. A unit of 1024 weights takes 71 to 78 instructions of a
+//             warp, which an SM has in 18 to 20 cycles: 2-bit codes at 4.1 TB/s on 132 SMs leave 16 to 18, 3 bit 24, 4 bit 32.
 #include "kernels/cuda/matmul/stream.cuh"
 
 #include <algorithm>
@@ -152,6 +152,7 @@ __device__ __forceinline__ void multiply(const Job& j, const Stream& s, Totals<t
     units.copy(i * U::slot_bytes);
     copy_commit();
   }
+  wait_for_earlier();
   const Inputs<tiles, exact> inputs(s.in, j.row, s.n, lane);
   uint4 b[tiles][2 * pair_units] = {};
   if (first < end) inputs.load(first, first + 1 < end, b);
@@ -170,39 +171,38 @@ __device__ __forceinline__ void multiply(const Job& j, const Stream& s, Totals<t
 }
 
 struct Spot {
-  int chosen, channel, slice;  // chosen: number of the expert among those that are, `most` for the shared one
+  int place, channel, slice;
+  const Expert* expert;
 };
-__device__ __forceinline__ const Expert* expert_of(const Stream& s, const Spot& at) {
-  return s.list + (at.chosen < s.most ? s.chosen[1 + at.chosen] : s.routed);
-}
 
 // Blocks of gate_up: up to the end of the last unit, whose padding they write.
 __host__ __device__ inline int hidden_blocks(int64_t channels) {
   return int(units_of(channels) * unit_cols / (block_channels / 2));
 }
 
-// False: the expert is not there.
+// False: no expert is there.
 __device__ __forceinline__ bool find_job(const Stream& s, Spot& at, Job& j) {
-  const int half = int(threadIdx.x) / 32 / parts, b = int(blockIdx.x), slices = int(s.slices), most = int(s.most);
+  const int half = int(threadIdx.x) / 32 / parts, b = int(blockIdx.x), slices = int(s.slices), places = int(s.places);
   int part = int(blockIdx.y), cut = slices;
-  at = {0, b * block_channels, part};
+  at = {0, b * block_channels, part, nullptr};
   j.row = 0;
   if (s.role == Role::gate_up) {
     const int blocks = hidden_blocks(s.channels);  // of a routed expert
-    at.chosen = min(b / blocks, most);
-    at.channel = (b - at.chosen * blocks) * (block_channels / 2);
+    at.place = min(b / blocks, places);
+    at.channel = (b - at.place * blocks) * (block_channels / 2);
   } else if (s.role == Role::down) {
-    at.chosen = min(part / slices, most);
-    part -= at.chosen * slices;
-    if (at.chosen == most) cut = int(s.shared_slices);
-    j.row = at.chosen * s.n;
+    at.place = min(part / slices, places);
+    part -= at.place * slices;
+    if (at.place == places) cut = int(s.shared_slices);
+    j.row = at.place * s.n;
   }
   if (s.role == Role::plain) {
     j.weight = s.weight;
   } else {
-    if (at.chosen < most && at.chosen >= s.chosen[0]) return false;
-    const Expert* e = expert_of(s, at);
-    j.weight = s.role == Role::down ? e->down : half ? e->up : e->gate;
+    const int expert = at.place == places ? int(s.choice.experts) : expert_at(s.choice, at.place);
+    if (expert < 0) return false;
+    at.expert = s.list + expert;
+    j.weight = s.role == Role::down ? at.expert->down : half ? at.expert->up : at.expert->gate;
   }
   const int units = int(units_of(j.weight.cols)), pairs = (units + pair_units - 1) / pair_units;
   j.panel = at.channel / unit_rows + (s.role == Role::gate_up ? 0 : half * panels);
@@ -239,19 +239,19 @@ struct Results {
 
 __device__ __forceinline__ void store_hidden(const Stream& s, const Spot& at, const Results& r) {
   constexpr int width = block_channels / 2;
-  const Expert* expert = expert_of(s, at);
-  const int64_t channels = at.chosen < s.most ? s.channels : s.shared_channels;
+  const Expert* expert = at.expert;
+  const int64_t channels = at.place < s.places ? s.channels : s.shared_channels;
   for (int i = threadIdx.x; i < width * s.n; i += threads) {
     const int row = i / width, k = i % width;
     const int64_t channel = at.channel + k;
-    const float factor = s.factor[at.chosen * s.n + row];
+    const float factor = s.factor[at.place * s.n + row];
     float v = 0;  // also the padding, and what no token chose
     if (channel < channels && factor != 0) {
       const float gate = r.get(0, k, row) + (expert->gate_bias ? expert->gate_bias[channel] : 0.f);
       const float up = r.get(1, k, row) + (expert->up_bias ? expert->up_bias[channel] : 0.f);
       v = glu_value(s.activation, gate, up) * factor;
     }
-    if (channel < units_of(channels) * unit_cols) store_split(s.hidden, at.chosen * s.n + row, channel, v);
+    if (channel < units_of(channels) * unit_cols) store_split(s.hidden, at.place * s.n + row, channel, v);
   }
 }
 
@@ -268,10 +268,9 @@ __device__ __forceinline__ void store_out(const Stream& s, const Spot& at, const
 }
 
 template <int tiles, bool exact> __global__ __launch_bounds__(threads, tiles == 1 ? 3 : 2) void stream_kernel(Stream s) {
-  wait_for_earlier();
   Spot at;
   Job j;
-  if (!find_job(s, at, j)) return;
+  if (!find_job(s, at, j)) return wait_for_earlier();
   Totals<tiles> totals = {};
   const Weight& w = j.weight;
   const bool whole = halves_of_group(w) % (2 * pair_units) == 0;
@@ -291,17 +290,17 @@ template <int tiles, bool exact> __global__ __launch_bounds__(threads, tiles == 
 }  // namespace
 
 int64_t stream_slices(const Context& c, int64_t products, int64_t channels, int64_t cols) {
-  const int64_t blocks = products * ceil_div<int64_t>(channels, block_channels), wanted = 4 * c.multiprocessors / blocks;
-  return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, units_of(cols) / (4 * parts)));
+  const int64_t blocks = products * ceil_div<int64_t>(channels, block_channels), wanted = 3 * c.multiprocessors / blocks;
+  return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, units_of(cols) / step));
 }
 
 void multiply_stream(Context& c, const Stream& s) {
   dim3 blocks;
   if (s.role == Role::gate_up) {
-    blocks.x = unsigned(s.most * hidden_blocks(s.channels) + (s.shared ? hidden_blocks(s.shared_channels) : 0));
+    blocks.x = unsigned(s.places * hidden_blocks(s.channels) + (s.shared ? hidden_blocks(s.shared_channels) : 0));
   } else {
     blocks.x = unsigned(ceil_div<int64_t>(s.channels, block_channels));
-    blocks.y = unsigned(s.role == Role::plain ? s.slices : s.most * s.slices + (s.shared ? s.shared_slices : 0));
+    blocks.y = unsigned(s.role == Role::plain ? s.slices : s.places * s.slices + (s.shared ? s.shared_slices : 0));
   }
   const Grid grid{blocks, dim3(threads), ring_bytes * (threads / 32)};
   if (!s.in.low)
