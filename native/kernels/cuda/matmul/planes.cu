@@ -13,7 +13,7 @@ __global__ void split_kernel(const float* x, int64_t rows, int64_t cols, Planes 
 }  // namespace
 
 Planes allocate_planes(Context& c, int scratch, int64_t rows, int64_t cols, Precision precision, Order order) {
-  const int64_t stride = units_of(cols) * unit_cols;
+  const int64_t stride = plane_stride(cols, order);
   uint16_t* high = c.scratch[scratch].get<uint16_t>(rows * stride);
   uint16_t* low = precision == Precision::exact ? c.scratch[scratch + 1].get<uint16_t>(rows * stride) : nullptr;
   return {high, low, stride, order};

@@ -24,7 +24,9 @@ struct Job {
   int begin, end;      // units; begin is even
 };
 
-// The inputs that a lane gives to the operand b of a pair of units.
+// What a lane gives to the operand b of a pair of units, by halves of units.
+template <int tiles> using Operand = uint4[tiles][2 * pair_units];
+
 template <int tiles, bool exact> class Inputs {
  public:
   __device__ __forceinline__ Inputs(const Planes& in, int64_t row, int64_t n, int lane) {
@@ -35,17 +37,13 @@ template <int tiles, bool exact> class Inputs {
       at_[t] = token < n ? plane + (row + token) * in.stride + lane % 4 * 16 : nullptr;
     }
   }
-  // b: zeros before the first call, where a lane has no row. `both`: the second unit is there, too.
-  __device__ __forceinline__ void load(int unit, bool both, uint4 (&b)[tiles][2 * pair_units]) const {
+  // b: zeros before the first call, where a lane has no row.
+  __device__ __forceinline__ void load(int unit, Operand<tiles>& b) const {
 #pragma unroll
     for (int t = 0; t < tiles; t++) {
       if (!at_[t]) continue;
       const uint4* at = reinterpret_cast<const uint4*>(at_[t] + unit * unit_cols);
-      b[t][0] = at[0], b[t][1] = at[1];
-      if (both)
-        b[t][2] = at[8], b[t][3] = at[9];
-      else
-        b[t][2] = b[t][3] = make_uint4(0, 0, 0, 0);
+      b[t][0] = at[0], b[t][1] = at[1], b[t][2] = at[8], b[t][3] = at[9];
     }
   }
 
@@ -116,7 +114,7 @@ template <int tiles> using Totals = float[panels][tiles][4];
 // totals += one panel's pair of units times the inputs.
 template <int bits, int groups, int tiles>
 __device__ __forceinline__ void multiply_pair(const Units<bits, groups>& units, int slot, int panel,
-                                              const uint4 (&b)[tiles][2 * pair_units], float (&totals)[tiles][4]) {
+                                              const Operand<tiles>& b, float (&totals)[tiles][4]) {
   constexpr int halves = 2 * pair_units / groups;  // of a group
 #pragma unroll
   for (int group = 0; group < groups; group++) {
@@ -154,8 +152,8 @@ __device__ __forceinline__ void multiply(const Job& j, const Stream& s, Totals<t
   }
   wait_for_earlier();
   const Inputs<tiles, exact> inputs(s.in, j.row, s.n, lane);
-  uint4 b[tiles][2 * pair_units] = {};
-  if (first < end) inputs.load(first, first + 1 < end, b);
+  Operand<tiles> b = {};
+  if (first < end) inputs.load(first, b);
   int slot = 0, read = (U::slots - 1) * U::slot_bytes;
   for (int unit = first; unit < end; unit += step) {
     copy_wait<U::slots - 2>();
@@ -164,7 +162,7 @@ __device__ __forceinline__ void multiply(const Job& j, const Stream& s, Totals<t
     copy_commit();  // also an empty one: the wait counts groups
 #pragma unroll
     for (int p = 0; p < panels; p++) multiply_pair<bits, groups, tiles>(units, slot, p, b, totals[p]);
-    if (unit + step < end) inputs.load(unit + step, unit + step + 1 < end, b);  // other warps work meanwhile
+    if (unit + step < end) inputs.load(unit + step, b);  // other warps work meanwhile
     read = slot;
     slot = slot + U::slot_bytes == U::slots * U::slot_bytes ? 0 : slot + U::slot_bytes;
   }
@@ -175,9 +173,9 @@ struct Spot {
   const Expert* expert;
 };
 
-// Blocks of gate_up: up to the end of the last unit, whose padding they write.
+// Blocks of gate_up: up to the end of the last pair of units, whose padding they write.
 __host__ __device__ inline int hidden_blocks(int64_t channels) {
-  return int(units_of(channels) * unit_cols / (block_channels / 2));
+  return int(plane_stride(channels, Order::lanes) / (block_channels / 2));
 }
 
 // False: no expert is there.
@@ -251,7 +249,7 @@ __device__ __forceinline__ void store_hidden(const Stream& s, const Spot& at, co
       const float up = r.get(1, k, row) + (expert->up_bias ? expert->up_bias[channel] : 0.f);
       v = glu_value(s.activation, gate, up) * factor;
     }
-    if (channel < units_of(channels) * unit_cols) store_split(s.hidden, at.place * s.n + row, channel, v);
+    store_split(s.hidden, at.place * s.n + row, channel, v);
   }
 }
 
