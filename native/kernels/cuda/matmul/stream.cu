@@ -4,8 +4,9 @@
 //             gate and up each), half of its warps each half of them; four warps share the units of two panels. A warp copies its units
 //             through a ring in shared memory of its own, so that no warp waits for another before the sums are added; it fills the ring
 //             before the launches that make its inputs have ended. Inputs come from the L1, where blocks of the same slice find them again.
-// BOUND       Memory: codes and params once. Under way are 4 to 6 KB a warp, 24 warps an SM. A unit of 1024 weights takes 71 to 78 instructions of a
-//             warp, which an SM has in 18 to 20 cycles: 2-bit codes at 4.1 TB/s on 132 SMs leave 16 to 18, 3 bit 24, 4 bit 32.
+// BOUND       Memory: codes and params once. Under way are 4 to 6 KB a warp, 24 warps an SM. A unit of 1024 weights takes 64 (2 bit), 73 and 68
+//             instructions of a warp, which an SM issues in 16 to 18 cycles; at 4.1 TB/s on 132 SMs of 1.9 GHz a unit comes every 18 cycles
+//             (2 bit), 25 and 33.
 #include "kernels/cuda/matmul/stream.cuh"
 
 #include <algorithm>

@@ -4,7 +4,7 @@
 //             operand a: a panel of 16 rows has its units one after the other, so a product reads one stream. A lane's share of a unit are 32
 //             codes, 16 pairs of channels: pair 4 s + f is register f of the operand for the channels 16 s .. 16 s + 15 of the unit. The pairs
 //             are packed into `bits` words, a pair's first code in the low half and its second at the same place in the high half:
-//               2 bit: pair i at bit 4 (i / 4) + 2 (i / 2 % 2) of word i % 2
+//               2 bit: pair i at bit 2 (i % 8) of word i / 8
 //               3 bit: pair i < 15 at bit 3 (i % 5) of word i / 5; bit b of pair 15 at bit 15 of word b
 //               4 bit: pair i at bit 4 (i % 4) of word i / 4
 //             A unit holds words 0 .. 3 (4 bit) or 0 and 1 (2 and 3 bit) lane by lane, then word 2 (3 bit) lane by lane: loads are whole.
@@ -12,7 +12,7 @@
 //             params (panels, groups, 8, 2): for rows r and r + 8 of a panel a word, the f16 scale below, the zero point above.
 // DEFINITION  A code c at bit p of a half word, p + bits <= 7, becomes a bf16 without arithmetic: 0x4300 | c << p is 128 + c 2^p.
 //             One fused multiply-add with 2^-p and -(2^(7 - p) + zero) leaves c - zero, exactly. The scale multiplies the sum of a
-//             group's products, so weights are never rounded. Of 2 bits the places are such that both rows of a lane have equal p for a channel.
+//             group's products, so weights are never rounded.
 // LIMITS      group_size is a multiple of 32, so a group ends between the halves (32 channels, 8 pairs) of a unit, or at least cols.
 // Source of the magic number: Kim et al., Who Says Elephants Can't Run, 2022.
 #pragma once
@@ -36,7 +36,6 @@ struct Place {
 };
 template <int bits> __host__ __device__ constexpr Place place_of(int pair) {
   constexpr int each = 16 / bits;
-  if (bits == 2) return {pair % 2, pair / 2 * 2};
   return {pair / each, pair % each * bits};
 }
 
@@ -78,35 +77,27 @@ __device__ __forceinline__ const uint2* params_of(const Weight& w, int64_t panel
 }
 
 inline constexpr uint32_t both = 0x10001u, magic = 0x4300u * both;
-template <bool spare> __device__ __forceinline__ uint32_t masked(uint32_t v, uint32_t mask) {
-  return spare ? and_or(v, mask, magic) : (v & mask) | magic;
-}
-
-// Where a pair's codes stay, and how far they are shifted to get there. The places lie 6 bits apart (2 and 3 bit); of four bits only the first fits.
-template <int bits> __host__ __device__ constexpr Place stay_of(int pair) {
-  const int bit = bits == 3 && pair == 15 ? 0 : place_of<bits>(pair).bit;
-  const int shift = bits == 4 ? bit : bit / 6 * 6;
-  return {shift, bit - shift};
-}
-// 128 + c 2^p, p = stay_of(pair).bit.
-template <int bits, int pair, bool spare> __device__ __forceinline__ uint32_t raised_code(const Codes<bits>& codes) {
-  constexpr uint32_t mask = (1u << bits) - 1;
-  if constexpr (bits == 3 && pair == 15)
-    return (codes.word[0] >> 15 & both) | (codes.word[1] >> 14 & 2 * both) | (codes.word[2] >> 13 & 4 * both) | magic;
-  constexpr Place stay = stay_of<bits>(pair);
-  return masked<spare>(codes.word[place_of<bits>(pair).word] >> stay.word, (mask << stay.bit) * both);
-}
-// The operand of 16 channels: `pair` is 4 times their number in the unit. spare: there is a register for a constant, which saves an instruction.
-template <int bits, int pair, bool spare>
+// The operand of 16 channels: `pair` is 4 times their number in the unit.
+template <int bits, int pair>
 __device__ __forceinline__ uint32_t code_minus_zero(const Codes<bits>& codes, const uint32_t (&zero)[2]) {
-  constexpr int at = stay_of<bits>(pair).bit;
+  constexpr uint32_t mask = (1u << bits) - 1;
+  constexpr int bit = bits == 3 && pair == 15 ? 0 : place_of<bits>(pair).bit;
+  // The places where a code can stay lie 6 bits apart (2 and 3 bit); of four bits only the first fits.
+  constexpr int shift = bits == 4 ? bit : bit / 6 * 6, at = bit - shift;
+  uint32_t v;
+  if constexpr (bits == 3 && pair == 15)
+    v = (codes.word[0] >> 15 & both) | (codes.word[1] >> 14 & 2 * both) | (codes.word[2] >> 13 & 4 * both) | magic;
+  else
+    v = and_or(codes.word[place_of<bits>(pair).word] >> shift, (mask << at) * both, magic);
   constexpr uint32_t exponent = uint32_t(at) << 7;
-  return fma_bf16(raised_code<bits, pair, spare>(codes), (0x3f80u - exponent) * both, zero[pair % 2] << at | (0xc300u - exponent) * both);
+  // A multiply-add, where shift and or would be two instructions.
+  const uint32_t minus_zero = zero[pair % 2] * (1u << at) + (0xc300u - exponent) * both;
+  return fma_bf16(v, (0x3f80u - exponent) * both, minus_zero);
 }
-template <int bits, int first, bool spare = true>
+template <int bits, int first>
 __device__ __forceinline__ void operand(const Codes<bits>& codes, const GroupParams& g, uint32_t (&a)[4]) {
-  a[0] = code_minus_zero<bits, first, spare>(codes, g.zero), a[1] = code_minus_zero<bits, first + 1, spare>(codes, g.zero);
-  a[2] = code_minus_zero<bits, first + 2, spare>(codes, g.zero), a[3] = code_minus_zero<bits, first + 3, spare>(codes, g.zero);
+  a[0] = code_minus_zero<bits, first>(codes, g.zero), a[1] = code_minus_zero<bits, first + 1>(codes, g.zero);
+  a[2] = code_minus_zero<bits, first + 2>(codes, g.zero), a[3] = code_minus_zero<bits, first + 3>(codes, g.zero);
 }
 
 }  // namespace eac::cuda
