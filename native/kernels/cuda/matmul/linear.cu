@@ -18,6 +18,7 @@ __global__ void add_slices_kernel(const float* parts, int64_t slices, int64_t n,
   const int64_t i = global_thread();
   if (i >= n) return;
   float sum = add ? out[i] : 0.f;
+#pragma unroll 8
   for (int64_t s = 0; s < slices; s++) sum += parts[s * n + i];
   out[i] = sum;
 }

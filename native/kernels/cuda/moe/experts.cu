@@ -36,22 +36,23 @@ struct Paths {
 bool tensor(const bool (&paths)[3]) { return paths[int(Path::codes)] || paths[int(Path::bf16)]; }
 
 // Few tokens. parts: (slices of the places' experts, then of the shared one; n, width).
-__global__ void add_experts_kernel(Experts e, Prepared prepared, int64_t places, int64_t slices, int64_t shared_slices, const float* parts) {
+__global__ void add_experts_kernel(Experts e, Prepared prepared, int64_t places, int64_t slices, int64_t shared_slices, bool biases,
+                                   const float* parts) {
+  uint8_t* there = dynamic_shared<uint8_t>();  // whether a part has been written
+  const int64_t i = global_thread(), size = e.n * e.width, routed = places * slices, all = routed + shared_slices;
+  for (int64_t q = threadIdx.x; q < all; q += blockDim.x) there[q] = q >= routed || prepared.expert[q / slices] >= 0;
+  __syncthreads();
   wait_for_earlier();
-  const int64_t i = global_thread(), size = e.n * e.width;
   if (i >= size) return;
   const int64_t token = i / e.width, channel = i % e.width;
   float sum = e.add ? e.out[i] : 0.f;
-#pragma unroll 4
-  for (int64_t p = 0; p < places; p++) {
-    const int32_t expert = prepared.expert[p];
-    if (expert < 0) continue;
-    for (int64_t s = 0; s < slices; s++) sum += parts[(p * slices + s) * size + i];
-    const float* bias = e.list[expert].down_bias;
+#pragma unroll 8
+  for (int64_t q = 0; q < all; q++)
+    if (there[q]) sum += parts[q * size + i];
+  for (int64_t p = 0; p < (biases ? places : 0); p++) {
+    const float* bias = there[p * slices] ? e.list[prepared.expert[p]].down_bias : nullptr;
     if (bias) sum += prepared.factor[p * e.n + token] * bias[channel];
   }
-#pragma unroll 4
-  for (int64_t s = 0; s < (e.shared ? shared_slices : 0); s++) sum += parts[(places * slices + s) * size + i];
   e.out[i] = sum;
 }
 
@@ -79,7 +80,10 @@ void run_few(Context& c, const Experts& e) {
   s.shared_slices = e.shared ? ceil_div(units_of(e.shared_hidden), ceil_div(units_of(e.hidden), s.slices)) : 0;
   s.out = c.scratch[6].get<float>((places * s.slices + s.shared_slices) * e.n * e.width);
   multiply_stream(c, s);
-  launch<add_experts_kernel>(c, per_element(e.n * e.width), e, prepared, places, s.slices, s.shared_slices, (const float*)s.out);
+  Grid grid = per_element(e.n * e.width);
+  grid.shared = size_t(places * s.slices + s.shared_slices);
+  const bool biases = std::any_of(e.shapes, e.shapes + e.experts, [](const Expert& x) { return x.down_bias; });
+  launch<add_experts_kernel>(c, grid, e, prepared, places, s.slices, s.shared_slices, biases, (const float*)s.out);
 }
 
 // Many tokens. rows: (slices, pairs, width).
