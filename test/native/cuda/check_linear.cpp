@@ -50,6 +50,10 @@ void check_linear() {
                           Case{bits, 8, 33, 288, 96}, Case{bits, 1, 32, 100, 128}, Case{bits, 3, 64, 2400, 128}})
       check_case(c);
     check_case({bits, 8, 100, 320, 128, fast, true, true});
+    // Rows of whole pairs of units; so many channels that blocks have more of them.
+    for (const Case& c : {Case{bits, 7, 40, 256, 32}, Case{bits, 5, 33, 384, 64, fast, true, true}, Case{bits, 2, 19, 1152, 128},
+                          Case{bits, 8, 600, 256, 64}})
+      check_case(c);
     check_case({bits, 1, 17, 64, 32, fast, false, false, true});
     // Tiles of 16 and of 64 rows.
     for (const Case& c :
