@@ -237,6 +237,7 @@ void time_many(const Case& c, const Shape& s, int64_t tokens, const Layer& layer
 }
 
 void time_experts() {
+  const std::vector<int64_t> all = {1, 8, 32, 128, 512, 4096}, counts = device().emulated() ? std::vector<int64_t>{8, 512} : all;
   for (Shape s : {Shape{"Qwen1.5-MoE", 2048, 1408, 60, 4, 5632}, Shape{"Mixtral", 4096, 14336, 8, 2, 0}})
     for (const int bits : {2, 3, 4}) {
       if (device().emulated()) s.experts = 8;
@@ -244,7 +245,7 @@ void time_experts() {
       c.shared_hidden = scaled(s.shared_hidden), c.output_gate = s.shared_hidden > 0;
       std::vector<Layer> layers;
       layers.emplace_back(c);
-      for (const int64_t tokens : {1, 8, 32, 128, 512, 4096})
+      for (const int64_t tokens : counts)
         for (const Precision precision : {Precision::fast, Precision::exact}) {
           c.n = tokens <= 32 ? tokens : scaled(tokens), c.precision = precision;
           tokens <= 32 ? time_few(c, s, layers) : time_many(c, s, tokens, layers[0]);

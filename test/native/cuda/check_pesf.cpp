@@ -268,11 +268,12 @@ void time_pesf() {
   for (Shape s : shapes) {
     if (device().emulated() && s.experts > 8) continue;
     s.width = scaled(s.width), s.hidden = scaled(s.hidden), s.shared_hidden = scaled(s.shared_hidden);
-    if (device().emulated()) s.head_dim = 8;
+    Layers loads = loads_of(s);
+    if (device().emulated()) s.head_dim = 8, loads.resize(1);
     for (const int kind : {16, 4}) {
       const Weights w(s, kind);
       for (const size_t sequences : {1, 4}) {
-        const Pass pass(s, w, std::vector<int32_t>(sequences, int32_t(scaled(512))), loads_of(s));
+        const Pass pass(s, w, std::vector<int32_t>(sequences, int32_t(scaled(512))), loads);
         for (const bool whole : {false, true}) {
           const std::string name = std::string(s.name) + " " + kind_name(kind) + ", " + std::to_string(pass.rows) + " tokens, " +
                                    (whole ? "whole layer" : "experts");

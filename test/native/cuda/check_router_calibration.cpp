@@ -131,7 +131,7 @@ void time_router_calibration() {
   }
 }
 
-const Group group("router calibration", check_router_calibration, time_router_calibration);
+const Group group("router_calibration", check_router_calibration, time_router_calibration);
 
 }  // namespace
 }  // namespace eac::cuda::check

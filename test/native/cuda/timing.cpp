@@ -133,7 +133,8 @@ Timing timed_recorded(const std::string& name, const Cost& cost, int64_t operand
 }
 
 void judge(const std::string& line, double value, const Goal& goal) {
-  const bool missing = std::isnan(value), missed = goal.kind == Goal::below ? value >= goal.limit : value < goal.limit;
+  const bool missing = std::isnan(value) || device().emulated();
+  const bool missed = !missing && (goal.kind == Goal::below ? value >= goal.limit : value < goal.limit);
   const std::string limit = (goal.kind == Goal::below ? "< " : ">= ") + text(goal.limit);
   std::printf("    %s: %s, asked %s: %s\n", line.c_str(), text(value).c_str(), limit.c_str(), verdict(missing, missed));
   auto at = std::find_if(summary().begin(), summary().end(), [&](const Line& l) { return l.name == line; });
@@ -177,6 +178,9 @@ void measure_limits() {
   const Buffer<float> from(some), to(some.size());
   const double t = time_in_turn({[&] { device()(device().table.copy(device().context, to, from, n)); }})[0];
   copy_bandwidth = 2.0 * double(n) / t;
+  std::printf(
+      "\nTimes: medians of seven samples of 20 ms. What decoding does is recorded as graphs, weights and caches come from "
+      "memory.\n");
   std::printf("copy bandwidth %.0f GB/s (%.0f MB read and as much written), bf16 matrix rate %s TFLOP/s (PyTorch)\n",
               copy_bandwidth / 1e9, double(n) / 1e6, text(pytorch("rate") / 1e12).c_str());
 }
