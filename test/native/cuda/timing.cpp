@@ -91,7 +91,7 @@ std::vector<Line>& summary() {
 
 std::string text(double value) {
   char s[32];
-  std::snprintf(s, sizeof s, "%.3g", value);
+  std::snprintf(s, sizeof s, std::fabs(value) < 100 ? "%.3g" : "%.0f", value);
   return std::isnan(value) ? "?" : s;
 }
 void append(std::string& list, const std::string& value) { list += (list.empty() ? "" : ", ") + value; }
