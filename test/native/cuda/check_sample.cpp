@@ -2,7 +2,7 @@
 #include <limits>
 #include <numeric>
 
-#include "cuda/check.h"
+#include "cuda/timing.h"
 #include "kernels/nn/output.h"
 
 namespace eac::cuda::check {
@@ -87,13 +87,14 @@ void time_sample() {
                                   {"temperature", {.temperature = 1, .uniform = {}}},
                                   {"top_p 0.9", {.temperature = 1, .top_p = 0.9, .uniform = {}}},
                                   {"top_k 40, top_p 0.9", {.temperature = 1, .top_k = 40, .top_p = 0.9, .uniform = {}}}}) {
-      const int64_t vocabulary = 151936;
+      const int64_t vocabulary = scaled(151936);
       const Buffer<float> logits(normal(size_t(rows * vocabulary), 1, 3));
       const Buffer<double> uniform(std::vector<double>(size_t(rows), 0.5));
       const Buffer<int32_t> ids{size_t(rows)};
       const Sample sample{logits, rows, vocabulary, s.temperature, s.top_k, s.top_p, uniform, ids};
-      timed("sample, " + std::to_string(rows) + " x 151936, " + name, {.bytes = 4.0 * double(logits.size())},
-            [&] { device()(device().table.sample(device().context, &sample)); });
+      timed_recorded("sample, " + std::to_string(rows) + " x " + std::to_string(vocabulary) + ", " + name,
+                     {.bytes = 4.0 * double(logits.size())}, 1,
+                     [&](int64_t) { device()(device().table.sample(device().context, &sample)); });
     }
 }
 
