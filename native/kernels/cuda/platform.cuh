@@ -20,8 +20,8 @@ template <auto kernel> cudaError_t allow_shared(size_t bytes) {
   static size_t most = 0;
   const std::lock_guard lock(mutex);
   const size_t all = bytes > most ? bytes : most;
-  const cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                  cudaFuncAttributeMaxDynamicSharedMemorySize, int(all));
+  const cudaError_t status =
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(all));
   if (status == cudaSuccess) most = all;
   return status;
 }
