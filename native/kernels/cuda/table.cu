@@ -60,7 +60,7 @@ Status open(int32_t device, Context** context) {
   return guarded(c, [&] {
     check(cudaDeviceGetAttribute(&c->multiprocessors, cudaDevAttrMultiProcessorCount, device), "opening the GPU");
     check(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking), "creating a stream");
-    c->wgmma = find_wgmma(*c);
+    find_features(*c);
   });
 }
 

@@ -36,6 +36,7 @@ __device__ __forceinline__ void store(const Linear& l, int64_t row, int64_t chan
 // Blocks that must fit an SM: few, which leaves registers for all loads of an iteration. Left alone, ptxas waits for the first of them to save some.
 template <Storage s, int rows, int channels, bool aligned>
 __global__ __launch_bounds__(warps * 32, rows == 8 ? 5 : 4) void gemv_kernel(Linear l) {
+  wait_for_earlier();
   using V = Vector<s>;
   constexpr int element = s == Storage::f32 ? 4 : 2;
   constexpr bool split = channels == 1;

@@ -145,6 +145,7 @@ inline float __frcp_rn(float x) { return 1 / x; }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline double rsqrt(double x) { return 1 / std::sqrt(x); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
@@ -155,7 +156,7 @@ template <class T> T __ldcs(const T* p) { return *p; }
 template <class A, class B> auto min(A a, B b) { return a < b ? a : b; }
 template <class A, class B> auto max(A a, B b) { return a > b ? a : b; }
 
-// Memory and streams. Everything is done at once.
+// Memory and streams. Everything is done at once, but for the last launch that the next one may overlap.
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorLaunchFailure = 719 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
 enum { cudaStreamNonBlocking = 1, cudaStreamCaptureModeThreadLocal = 1, cudaDevAttrMultiProcessorCount = 16 };
@@ -184,6 +185,7 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t e) {
   return e == cudaErrorMemoryAllocation ? "out of memory" : e == cudaErrorLaunchFailure ? eac::emulation::last_error : "error";
 }
+inline cudaError_t cudaDriverGetVersion(int* v) { return *v = 13000, cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* n) { return *n = 1, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int d) { return d == 0 ? cudaSuccess : cudaErrorInvalidValue; }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
@@ -215,36 +217,54 @@ inline cudaError_t cudaMalloc(void** p, size_t n) {
   return cudaSuccess;
 }
 template <class T> cudaError_t cudaMalloc(T** p, size_t n) { return cudaMalloc(reinterpret_cast<void**>(p), n); }
+inline cudaError_t finish_launches() {
+  const char* error = eac::emulation::finish();
+  if (error) eac::emulation::last_error = error;
+  return error ? cudaErrorLaunchFailure : cudaSuccess;
+}
 inline cudaError_t cudaFree(void* p) {
   if (!p) return cudaSuccess;
+  const cudaError_t status = finish_launches();
   unsigned char* raw = static_cast<unsigned char*>(p) - 256;
   size_t n;
   std::memcpy(&n, raw, sizeof n);
   emulated_used -= n;
   std::free(raw);
-  return cudaSuccess;
+  return status;
 }
 inline cudaError_t cudaMallocHost(void** p, size_t n) { return (*p = std::malloc(n)) ? cudaSuccess : cudaErrorMemoryAllocation; }
-inline cudaError_t cudaFreeHost(void* p) { return std::free(p), cudaSuccess; }
+inline cudaError_t cudaFreeHost(void* p) {
+  const cudaError_t status = finish_launches();
+  return std::free(p), status;
+}
 // Done at once, or noted down while a graph is captured.
 inline cudaError_t queue(std::function<cudaError_t()> work) {
   if (!eac::emulation::capturing) return work();
   eac::emulation::capturing->push_back(std::move(work));
   return cudaSuccess;
 }
+inline cudaError_t queue_after_launches(std::function<void()> work) {
+  return queue([=] {
+    const cudaError_t status = finish_launches();
+    if (status == cudaSuccess) work();
+    return status;
+  });
+}
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind, cudaStream_t) {
-  return queue([=] { return std::memcpy(to, from, n), cudaSuccess; });
+  return queue_after_launches([=] { std::memcpy(to, from, n); });
 }
 inline cudaError_t cudaMemsetAsync(void* p, int v, size_t n, cudaStream_t) {
-  return queue([=] { return std::memset(p, v, n), cudaSuccess; });
+  return queue_after_launches([=] { std::memset(p, v, n); });
 }
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* s, unsigned) { return *s = nullptr, cudaSuccess; }
 // Not allowed while a graph is captured, as on the GPU.
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return eac::emulation::capturing ? cudaErrorInvalidValue : cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  return eac::emulation::capturing ? cudaErrorInvalidValue : finish_launches();
+}
 inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned = 0) { return cudaSuccess; }
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* e, unsigned) { return *e = nullptr, cudaSuccess; }
-inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return finish_launches(); }
 inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
 inline cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
 // A graph is the list of what was queued meanwhile. One capture at a time.
