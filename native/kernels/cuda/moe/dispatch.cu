@@ -70,7 +70,8 @@ __global__ __launch_bounds__(threads) void place_kernel(Experts e, const int32_t
 }
 
 // This thread's share of the output gate times a token, if `lanes` threads share the channels.
-template <Storage storage> __device__ __forceinline__ float gate_share(const void* gate, const float* x, int64_t width, int lane, int lanes) {
+template <Storage storage>
+__device__ __forceinline__ float gate_share(const void* gate, const float* x, int64_t width, int lane, int lanes) {
   float sum = 0;
 #pragma unroll 8
   for (int64_t k = lane; k < width; k += lanes) sum += load_float(storage, gate, k) * x[k];
@@ -138,7 +139,8 @@ Prepared prepare(Context& c, const Experts& e, const Choice& choice) {
   const Planes in = allocate_planes(c, 0, e.n, e.width, e.precision, Order::lanes);
   int32_t* experts = c.scratch[2].get<int32_t>(places);
   float* factor = c.scratch[3].get<float>((places + 1) * e.n);
-  const int64_t blocks = std::max({ceil_div<int64_t>(e.n * (in.stride / 4), threads), e.n, ceil_div<int64_t>(places, threads / 32)});
+  const int64_t blocks =
+      std::max({ceil_div<int64_t>(e.n * (in.stride / 4), threads), e.n, ceil_div<int64_t>(places, threads / 32)});
   launch<prepare_kernel>(c, {dim3(unsigned(blocks), 3), dim3(threads)}, e, choice, in, int(places), experts, factor);
   return {experts, factor, in};
 }

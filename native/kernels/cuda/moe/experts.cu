@@ -36,8 +36,8 @@ struct Paths {
 bool tensor(const bool (&paths)[3]) { return paths[int(Path::codes)] || paths[int(Path::bf16)]; }
 
 // Few tokens. parts: (slices of the places' experts, then of the shared one; n, width).
-__global__ void add_experts_kernel(Experts e, Prepared prepared, int64_t places, int64_t slices, int64_t shared_slices, bool biases,
-                                   const float* parts) {
+__global__ void add_experts_kernel(Experts e, Prepared prepared, int64_t places, int64_t slices, int64_t shared_slices,
+                                   bool biases, const float* parts) {
   uint8_t* there = dynamic_shared<uint8_t>();  // whether a part has been written
   const int64_t i = global_thread(), size = e.n * e.width, routed = places * slices, all = routed + shared_slices;
   for (int64_t q = threadIdx.x; q < all; q += blockDim.x) there[q] = q >= routed || prepared.expert[q / slices] >= 0;
@@ -69,8 +69,8 @@ void run_few(Context& c, const Experts& e) {
   s.channels = e.hidden, s.shared_channels = e.shared_hidden;
   s.in = prepared.in;
   s.slices = s.shared_slices = 1;
-  s.hidden = allocate_planes(c, 4, (places + 1) * e.n, std::max(e.hidden, e.shared ? e.shared_hidden : 0), e.precision,
-                             Order::lanes);
+  s.hidden =
+      allocate_planes(c, 4, (places + 1) * e.n, std::max(e.hidden, e.shared ? e.shared_hidden : 0), e.precision, Order::lanes);
   multiply_stream(c, s);
 
   s.role = Role::down;

@@ -90,7 +90,9 @@ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) { emulat
 inline void copy_async(void* shared, const void* global, bool valid = true) {
   emulation::queue_copy(shared, valid ? global : nullptr, 16);
 }
-inline void copy_async(uint32_t shared, const void* global) { emulation::queue_copy(emulation::shared_pointer(shared), global, 16); }
+inline void copy_async(uint32_t shared, const void* global) {
+  emulation::queue_copy(emulation::shared_pointer(shared), global, 16);
+}
 inline void copy_commit() { emulation::commit_copies(); }
 template <int n> void copy_wait() { emulation::wait_copies(n); }
 
