@@ -40,8 +40,8 @@ __device__ __forceinline__ Job job_of(const Stream& s, const Spot& at, const Exp
   const int half = Wide::half();
   const Weight& w = s.role == Role::down ? e->down : half ? e->up : e->gate;
   const int units = int(units_of(w.cols)), pairs = pairs_of(w.cols);
-  return {w, at.channel / unit_rows + (s.role == Role::gate_up ? 0 : half * Wide::panels), pairs * at.part / at.parts * pair_units,
-          min(pairs * (at.part + 1) / at.parts * pair_units, units)};
+  return {w, at.channel / unit_rows + (s.role == Role::gate_up ? 0 : half * Wide::panels),
+          pairs * at.part / at.parts * pair_units, min(pairs * (at.part + 1) / at.parts * pair_units, units)};
 }
 
 __device__ __forceinline__ void store_hidden(const Stream& s, const Spot& at, const Results<Wide>& r) {

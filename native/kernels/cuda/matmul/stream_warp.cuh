@@ -110,7 +110,8 @@ template <class Layout, int bits, int groups> class Units {
 #pragma unroll
     for (int i = 0; i < copies; i++) {
       const int64_t panel = min(j.panel + chunk(i) / panel_chunks, last);
-      codes_[i] = static_cast<const unsigned char*>(j.weight.data) + (panel * units + first) * unit_bytes(bits) + chunk(i) % panel_chunks * 16;
+      codes_[i] = static_cast<const unsigned char*>(j.weight.data) + (panel * units + first) * unit_bytes(bits) +
+                  chunk(i) % panel_chunks * 16;
       end_[i] = chunk(i) < all_chunks ? j.end - chunk(i) % panel_chunks / unit_chunks : 0;
     }
     params_ = reinterpret_cast<const unsigned char*>(params_of(j.weight, min(j.panel + lane / (4 * groups) % panels, last), 0)) +
@@ -141,8 +142,8 @@ template <class Layout, int bits, int groups> class Units {
   }
 
  private:
-  static constexpr int unit_chunks = unit_bytes(bits) / 16, panel_chunks = pair_units * unit_chunks, all_chunks = panels * panel_chunks,
-                       copies = (all_chunks + 31) / 32;
+  static constexpr int unit_chunks = unit_bytes(bits) / 16, panel_chunks = pair_units * unit_chunks,
+                       all_chunks = panels * panel_chunks, copies = (all_chunks + 31) / 32;
   __device__ __forceinline__ int chunk(int i) const { return lane_ + i * 32; }
 
   unsigned char* ring_;
