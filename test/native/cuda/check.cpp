@@ -36,21 +36,22 @@ Device::Device() : table(*eac_moe_cuda()) {
 }
 Device::~Device() {
   table.close(context);
-  if (without_wgmma_) table.close(without_wgmma_);
+  if (before_hopper_) table.close(before_hopper_);
 }
 void Device::each_path(const std::function<void(const std::string& path)>& f) {
   f("");
   if (info.major != 9) return;
-  if (!without_wgmma_) {
-    setenv("EAC_MOE_CUDA_WGMMA", "0", 1);
-    (*this)(table.open(0, &without_wgmma_));
-    unsetenv("EAC_MOE_CUDA_WGMMA");
+  if (!before_hopper_) {
+    const char* const features[] = {"EAC_MOE_CUDA_WGMMA", "EAC_MOE_CUDA_OVERLAP"};
+    for (const char* f : features) setenv(f, "0", 1);
+    (*this)(table.open(0, &before_hopper_));
+    for (const char* f : features) unsetenv(f);
   }
   synchronize();  // the paths' streams do not wait for each other
-  std::swap(context, without_wgmma_);
-  f(", mma.sync");
+  std::swap(context, before_hopper_);
+  f(", before Hopper");
   synchronize();
-  std::swap(context, without_wgmma_);
+  std::swap(context, before_hopper_);
 }
 void Device::operator()(Status status) const {
   if (status != Status::ok) throw std::runtime_error(context ? table.error(context) : "the device could not be opened");

@@ -21,7 +21,7 @@ class Device {
   const Table& table;
   Context* context = nullptr;
   DeviceInfo info{};
-  // Runs f, and on Hopper once more as GPUs before it would: without wgmma. `path` is for names.
+  // Runs f, and on Hopper once more as GPUs before it would: without wgmma, each launch after the last. `path` is for names.
   void each_path(const std::function<void(const std::string& path)>& f);
   bool emulated() const { return std::string(info.name) == "emulation"; }
   // Leave out what takes long: under emulation or compute-sanitizer.
@@ -32,7 +32,7 @@ class Device {
   void synchronize() const { (*this)(table.synchronize(context)); }
 
  private:
-  Context* without_wgmma_ = nullptr;
+  Context* before_hopper_ = nullptr;
 };
 Device& device();
 

@@ -211,13 +211,15 @@ void time_few(Case c, const Shape& s, std::vector<Layer>& layers) {
     indices.emplace_back(choices(l));
     bytes += layers[size_t(l)].bytes(c, choices(l)) / double(operands);
   }
-  const Timing t = timed_recorded(name_of(c), {.bytes = bytes}, operands, [&](int64_t l) {
-    const Experts e = call_of(c, layers[size_t(l)], x, weights, indices[size_t(l)], out);
-    device()(device().table.experts(device().context, &e));
+  device().each_path([&](const std::string& path) {
+    const Timing t = timed_recorded(name_of(c) + path, {.bytes = bytes}, operands, [&](int64_t l) {
+      const Experts e = call_of(c, layers[size_t(l)], x, weights, indices[size_t(l)], out);
+      device()(device().table.experts(device().context, &e));
+    });
+    if (c.precision == Precision::fast && c.n <= 8 && path.empty())
+      judge("decode, " + std::to_string(c.n) + (c.n == 1 ? " token, " : " tokens, ") + s.name + " int2, int3, int4 (% of copy)",
+            100 * t.share, {Goal::at_least, c.n == 1 ? 70.0 : 60.0});
   });
-  if (c.precision == Precision::fast && c.n <= 8)
-    judge("decode, " + std::to_string(c.n) + (c.n == 1 ? " token, " : " tokens, ") + s.name + " int2, int3, int4 (% of copy)",
-          100 * t.share, {Goal::at_least, c.n == 1 ? 70.0 : 60.0});
 }
 
 void time_many(const Case& c, const Shape& s, int64_t tokens, const Layer& layer) {

@@ -100,7 +100,7 @@ void time_matrix(int kind, int64_t rows, int64_t cols, const std::vector<int64_t
       const Cost operations{.operations = 2.0 * double(n) * double(rows) * double(cols)};
       const auto run = [&](const std::string& path) { timed(name + path, operations, [&] { call(0); }); };
       if (count <= 32)
-        timed_recorded(name, {.bytes = bytes}, operands, call);
+        device().each_path([&](const std::string& path) { timed_recorded(name + path, {.bytes = bytes}, operands, call); });
       else
         kind <= 16 ? device().each_path(run) : run("");
     }
@@ -109,7 +109,9 @@ void time_matrix(int kind, int64_t rows, int64_t cols, const std::vector<int64_t
 void time_linear() {
   const Precision exact = Precision::exact, fast = Precision::fast;
   for (const int bits : {2, 3, 4}) time_matrix(bits, 28672, 4096, {1, 8, 32, 512, 4096}, {fast, exact});
+  for (const int64_t width : {2048, 4096}) time_matrix(4, width, width, {1, 8}, {fast, exact});  // attention's
   time_matrix(16, 28672, 4096, {1, 8, 32, 512, 4096}, {fast});
+  for (const int64_t width : {2048, 4096}) time_matrix(4, width, width, {1, 8}, {fast, exact});  // attention's
   time_matrix(16, 28672, 4096, {512}, {exact});
   time_matrix(32, 8192, 4096, {512}, {exact});
   time_matrix(32, 60, 2048, {1}, {exact});      // a router
