@@ -52,13 +52,15 @@ cudaError_t launch_kernel(cudaStream_t stream, const Grid& grid, bool overlap, A
 
 // Until all that was queued before this launch is done and its results can be seen; from then on the next launch may start (when every block has
 // come so far). Every thread of every kernel calls it, first of all. Before it a kernel may only read what no launch writes (weights), or what
-// was there before the launch before this one began to work, and write its registers and dynamic shared memory.
+// was there before the launch before this one began to work, and write its registers and dynamic shared memory. A kernel that lets the next start
+// before it has waited itself leaves the next one only the former.
 // Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization"; PTX ISA, griddepcontrol.
+__device__ __forceinline__ void let_next_start() {
+  if constexpr (on_hopper) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
 __device__ __forceinline__ void wait_for_earlier() {
-  if constexpr (on_hopper) {
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-  }
+  if constexpr (on_hopper) asm volatile("griddepcontrol.wait;" ::: "memory");
+  let_next_start();
 }
 
 template <class T> __device__ __forceinline__ T* dynamic_shared() {

@@ -148,6 +148,29 @@ void check_case(const Case& c) {
   });
 }
 
+// Launches overlap: products that begin before their choice has been made must not take the one of the step before.
+void check_behind_router(const Case& c) {
+  const Layer layer(c);
+  const std::vector<float> x = normal(size_t(c.n * c.width), 1);
+  const Buffer<float> in(x), weights(size_t(c.n * c.top_k));
+  const Buffer<int32_t> indices(size_t(c.n * c.top_k));
+  const Sequences s({int32_t(c.n)}, {0});
+  for (const unsigned seed : {1u, 2u, 3u}) {
+    const Buffer<float> logits(normal(size_t(c.n * c.experts), 100 + seed)), out(x.size());
+    const Router router{Scoring::softmax, c.experts, c.top_k, true, 1, 0, nullptr, 1, 1, 1};
+    const Route route{logits, router, s.batch, weights, indices, nullptr};
+    const Experts e = call_of(c, layer, in, weights, indices, out);
+    device()(device().table.route(device().context, &route));
+    device()(device().table.experts(device().context, &e));
+    const std::vector<float> got = out.read(), share = weights.read();
+    const std::vector<int32_t> chosen = indices.read();
+    std::vector<float> want(x.size());
+    run_experts_reference(x.data(), c.n, c.width, share.data(), chosen.data(), c.top_k, layer.host(c), 0.0f, want.data(),
+                          Activations::f32);
+    close(name_of(c) + ", behind a router, step " + std::to_string(seed), got, {want.begin(), want.end()}, 4e-5);
+  }
+}
+
 void check_experts() {
   const auto gelu = eac::Activation::gelu_tanh, clamped = eac::Activation::clamped_swiglu;
   const Precision fast = Precision::fast;
@@ -159,6 +182,8 @@ void check_experts() {
   check_case({"int4, biases, dropped", 8, 128, 40, 9, 4, {4, 3}, 32, Precision::exact, 0, false, true, true, false, clamped});
   check_case({"int3, shared, gated, dropped", 8, 96, 352, 300, 2, {3}, 96, fast, 64, true, false, true, true, gelu});
   check_case({"int2, long rows", 5, 64, 2400, 3, 2, {2}, 128});
+  check_behind_router({"int4", 1, 128, 96, 30, 2, {4}});
+  check_behind_router({"int3, shared, gated", 2, 128, 96, 30, 2, {3}, 128, Precision::exact, 160, true});
   // Many tokens: sorted, tiles of 16 and of 64 pairs.
   check_case({"int4", 12, 128, 96, 6, 2, {4}});
   check_case({"int2, int3, int4, shared, gated, biases, dropped, added",

@@ -24,9 +24,10 @@ struct Spot {
 __device__ __forceinline__ Spot spot_of(const Stream& s) {
   const int b = int(blockIdx.x), slice = int(blockIdx.y), slices = int(s.slices), places = int(s.places);
   if (s.role == Role::gate_up) {
-    const int blocks = hidden_blocks(s.channels);  // of a routed expert
-    const int place = min(b / blocks, places);
-    return {place, (b - place * blocks) * (Wide::channels / 2), 0, 0, 1};
+    // The shared expert is first: which it is, is known.
+    const int shared = s.shared ? hidden_blocks(s.shared_channels) : 0, blocks = hidden_blocks(s.channels);
+    const int place = b < shared ? places : (b - shared) / blocks;
+    return {place, (b < shared ? b : (b - shared) % blocks) * (Wide::channels / 2), 0, 0, 1};
   }
   const int place = min(slice / slices, places);
   return {place, b * Wide::channels, slice, slice - place * slices, place == places ? int(s.shared_slices) : slices};
@@ -75,6 +76,7 @@ template <int tiles, bool exact> __global__ __launch_bounds__(stream_threads, ti
   float totals[Wide::panels][tiles][4] = {};
   {
     const Spot at = spot_of(s);
+    if (s.role == Role::gate_up && s.shared && at.place < s.places) wait_for_earlier();  // the choice may not have been made yet
     const Expert* expert = expert_of(s, at);
     if (!expert) return wait_for_earlier();
     const int64_t row = s.role == Role::down ? at.place * s.n : 0;

@@ -47,6 +47,7 @@ struct Stream {
 
 // How many slices of a row of `cols` fill the GPU, if there are `products` of `channels` outputs.
 int64_t stream_slices(const Context& c, int64_t products, int64_t channels, int64_t cols);
+// With a shared expert, gate_up may start before what precedes the launch before it has ended.
 void multiply_stream(Context& c, const Stream& s);
 
 }  // namespace eac::cuda

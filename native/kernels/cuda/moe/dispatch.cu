@@ -98,6 +98,7 @@ __global__ __launch_bounds__(threads) void shared_factors_kernel(Experts e, floa
 // blockIdx.y 0: inputs into planes; 1: the shared expert's factors, a block a token; 2: the places, a warp each.
 __global__ __launch_bounds__(threads) void prepare_kernel(Experts e, Choice choice, Planes in, int places, int32_t* experts,
                                                           float* factor) {
+  if (e.shared) let_next_start();  // to fetch the shared expert's weights: multiply_stream
   wait_for_earlier();
   if (blockIdx.y == 0) {
     const int64_t quads = in.stride / 4, i = global_thread();

@@ -79,6 +79,7 @@ struct Block {
   const std::function<void()>* body = nullptr;
   const char* error = nullptr;
   bool early = false, overlap = false;  // of the launch; see run()
+  bool let_next_start = false;          // before it had waited
 };
 Block* block = nullptr;  // that runs
 
@@ -248,6 +249,7 @@ void barrier_of(int number, int threads) {
   wait(State::at_part);
 }
 int lane() { return block->current->number % 32; }
+void let_next_start() { block->let_next_start |= !block->current->waited; }
 void wait_for_earlier() {
   Fiber& f = *block->current;
   f.waited = true;
@@ -361,10 +363,10 @@ struct Launch {
   size_t shared;
   bool overlap;
   std::function<void()> body;
-  std::map<uint64_t, std::unique_ptr<Block>> begun;  // blocks that wait for earlier launches
+  std::map<uint64_t, std::unique_ptr<Block>> early;  // blocks that wait for earlier launches
   uint64_t blocks() const { return uint64_t(grid.x) * grid.y * grid.z; }
 };
-std::unique_ptr<Launch> last;                // begun, not finished
+std::vector<std::unique_ptr<Launch>> begun;  // not finished, oldest first
 std::vector<std::unique_ptr<Block>> unused;  // with their fibers
 
 std::unique_ptr<Block> make_block(const Launch& l, uint64_t number, bool early) {
@@ -373,7 +375,7 @@ std::unique_ptr<Block> make_block(const Launch& l, uint64_t number, bool early) 
   unused.pop_back();
   const Size size = l.size;
   b->grid = l.grid, b->size = size, b->count = int(size.x * size.y * size.z), b->body = &l.body, b->error = nullptr;
-  b->hopper = false, b->early = early, b->overlap = l.overlap;
+  b->hopper = false, b->early = early, b->overlap = l.overlap, b->let_next_start = false;
   b->index = {unsigned(number % l.grid.x), unsigned(number / l.grid.x % l.grid.y), unsigned(number / l.grid.x / l.grid.y)};
   while (b->fibers.size() < size_t(b->count)) b->fibers.push_back(std::make_unique<Fiber>());
   b->slots.resize(size_t(b->count + 31) / 32 * 32 * slot_bytes);
@@ -399,8 +401,8 @@ const char* finish_launch(Launch& l) {
   bool hopper = false;
   for (uint64_t i = 0; i < l.blocks() && !error; i++) {
     std::unique_ptr<Block> b;
-    if (const auto begun = l.begun.find(i); begun != l.begun.end()) {
-      b = std::move(begun->second);
+    if (const auto early = l.early.find(i); early != l.early.end()) {
+      b = std::move(early->second);
       b->early = false;
       for (int t = 0; t < b->count; t++)
         if (b->fibers[size_t(t)]->state == State::at_earlier) b->fibers[size_t(t)]->state = State::ready;
@@ -415,16 +417,19 @@ const char* finish_launch(Launch& l) {
   return error;
 }
 
-const char* finish_last() {
-  const std::unique_ptr<Launch> l = std::move(last);
-  return l ? finish_launch(*l) : nullptr;
+const char* finish_begun() {
+  const char* error = nullptr;
+  for (const auto& l : begun)
+    if (!error) error = finish_launch(*l);
+  begun.clear();
+  return error;
 }
 
 }  // namespace
 
 const char* finish() {
   const std::lock_guard lock(one_launch);
-  return finish_last();
+  return finish_begun();
 }
 
 const char* run(Size grid, Size size, size_t shared, bool overlap, std::function<void()> body) {
@@ -435,11 +440,17 @@ const char* run(Size grid, Size size, size_t shared, bool overlap, std::function
   if (shared > 227 * 1024) return "more shared memory than there is";
   auto next = std::make_unique<Launch>(grid, size, shared, overlap, std::move(body));
   const char* error = nullptr;
-  for (const uint64_t i : {uint64_t(0), next->blocks() / 2, next->blocks() - 1})
-    if (overlap && !error && !next->begun.contains(i)) error = run_made(*(next->begun[i] = make_block(*next, i, true)));
-  if (const char* earlier = finish_last()) error = earlier;
-  last = std::move(next);
-  return !error && !overlap ? finish_last() : error;
+  bool next_may_start = overlap;  // before launches that precede this one have ended
+  for (const uint64_t i : {uint64_t(0), next->blocks() / 2, next->blocks() - 1}) {
+    if (!overlap || error || next->early.contains(i)) continue;
+    Block& b = *(next->early[i] = make_block(*next, i, true));
+    error = run_made(b);
+    next_may_start &= b.let_next_start;
+  }
+  if (!next_may_start)
+    if (const char* earlier = finish_begun()) error = earlier;
+  begun.push_back(std::move(next));
+  return !error && !overlap ? finish_begun() : error;
 }
 
 }  // namespace eac::emulation

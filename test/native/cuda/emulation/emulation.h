@@ -36,6 +36,7 @@ void signal_create(uint64_t* signal, int count);
 void signal_arrive(uint64_t* signal);
 void signal_wait(uint64_t* signal, int parity);
 void wait_for_earlier();
+void let_next_start();
 // Every lane of a warp gives `size` <= 64 bytes; returns the array of what the 32 lanes gave (stride 64), valid until leave_exchange().
 const unsigned char* exchange(const void* mine, size_t size);
 void leave_exchange();

@@ -18,6 +18,7 @@ template <auto kernel, class... Args> cudaError_t launch_kernel(cudaStream_t, co
     return error ? cudaErrorLaunchFailure : cudaSuccess;
   });
 }
+inline void let_next_start() { emulation::let_next_start(); }
 inline void wait_for_earlier() { emulation::wait_for_earlier(); }
 
 template <class T> T* dynamic_shared() { return reinterpret_cast<T*>(emulation::dynamic_memory()); }
