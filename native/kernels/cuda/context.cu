@@ -22,8 +22,8 @@ void find_features(Context& c) {
   int32_t* answer = c.scratch[0].get<int32_t>(1);
   int32_t hopper = 0;
   launch<on_hopper_kernel>(c, {dim3(1), dim3(1)}, answer);
-  check(cudaMemcpyAsync(&hopper, answer, sizeof hopper, cudaMemcpyDeviceToHost, c.stream), "opening the GPU");
-  check(cudaStreamSynchronize(c.stream), "opening the GPU");
+  check(cudaMemcpyAsync(&hopper, answer, sizeof hopper, cudaMemcpyDeviceToHost, stream_of(c)), "opening the GPU");
+  check(cudaStreamSynchronize(stream_of(c)), "opening the GPU");
   int driver = 0;
   check(cudaDriverGetVersion(&driver), "opening the GPU");
   c.wgmma = hopper && wanted("EAC_MOE_CUDA_WGMMA");

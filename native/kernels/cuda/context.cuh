@@ -43,6 +43,7 @@ struct Context {
   bool wgmma = false;    // products may use it
   bool overlap = false;  // launches may start before the one before them has ended
   cudaStream_t stream = nullptr;
+  bool behind_launch = false;  // what was queued last is a launch
   std::string error;
   static constexpr int scratches = 12;
   Scratch scratch[scratches];  // an operation may use all of them
@@ -55,9 +56,16 @@ struct Event {
   cudaEvent_t event;
 };
 
+// A launch overlaps with a launch only: behind copies, events and graphs, whose weights or lists it may read before it waits, it starts when they are done.
 template <auto kernel, class... Args> void launch(Context& c, const Grid& grid, Args... args) {
   if (grid.blocks.x == 0 || grid.blocks.y == 0 || grid.blocks.z == 0) return;  // nothing to do
-  check(launch_kernel<kernel>(c.stream, grid, c.overlap, args...), "a kernel launch");
+  check(launch_kernel<kernel>(c.stream, grid, c.overlap && c.behind_launch, args...), "a kernel launch");
+  c.behind_launch = true;
+}
+// The stream, for whatever is no launch.
+inline cudaStream_t stream_of(Context& c) {
+  c.behind_launch = false;
+  return c.stream;
 }
 
 template <class T> __host__ __device__ constexpr T ceil_div(T a, T b) { return (a + b - 1) / b; }

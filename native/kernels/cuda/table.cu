@@ -75,7 +75,7 @@ void close(Context* c) {
 const char* error(const Context* c) { return c->error.c_str(); }
 
 Status synchronize(Context* c) {
-  return guarded(c, [&] { check(cudaStreamSynchronize(c->stream), "running on the GPU"); });
+  return guarded(c, [&] { check(cudaStreamSynchronize(stream_of(*c)), "running on the GPU"); });
 }
 
 Status allocate(Context* c, size_t bytes, void** memory) {
@@ -87,29 +87,32 @@ Status allocate_host(Context* c, size_t bytes, void** memory) {
 }
 void free_host(void* memory) { cudaFreeHost(memory); }
 Status upload(Context* c, void* to, const void* from, size_t bytes) {
-  return guarded(c, [&] { check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, c->stream), "copying to the GPU"); });
+  return guarded(c,
+                 [&] { check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_of(*c)), "copying to the GPU"); });
 }
 Status download(Context* c, void* to, const void* from, size_t bytes) {
   return guarded(c, [&] {
-    check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, c->stream), "copying from the GPU");
-    check(cudaStreamSynchronize(c->stream), "running on the GPU");
+    check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_of(*c)), "copying from the GPU");
+    check(cudaStreamSynchronize(stream_of(*c)), "running on the GPU");
   });
 }
 Status copy(Context* c, void* to, const void* from, size_t bytes) {
-  return guarded(c, [&] { check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, c->stream), "copying on the GPU"); });
+  return guarded(c,
+                 [&] { check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream_of(*c)), "copying on the GPU"); });
 }
 Status zero(Context* c, void* memory, size_t bytes) {
-  return guarded(c, [&] { check(cudaMemsetAsync(memory, 0, bytes, c->stream), "clearing memory of the GPU"); });
+  return guarded(c, [&] { check(cudaMemsetAsync(memory, 0, bytes, stream_of(*c)), "clearing memory of the GPU"); });
 }
 
 Status begin_capture(Context* c) {
-  return guarded(
-      c, [&] { check(cudaStreamBeginCapture(c->stream, cudaStreamCaptureModeThreadLocal), "capturing a sequence of launches"); });
+  return guarded(c, [&] {
+    check(cudaStreamBeginCapture(stream_of(*c), cudaStreamCaptureModeThreadLocal), "capturing a sequence of launches");
+  });
 }
 Status end_capture(Context* c, Graph** graph) {
   return guarded(c, [&] {
     cudaGraph_t captured;
-    check(cudaStreamEndCapture(c->stream, &captured), "capturing a sequence of launches");
+    check(cudaStreamEndCapture(stream_of(*c), &captured), "capturing a sequence of launches");
     cudaGraphExec_t launches = nullptr;
     const cudaError_t status = cudaGraphInstantiate(&launches, captured, 0);
     cudaGraphDestroy(captured);
@@ -118,7 +121,7 @@ Status end_capture(Context* c, Graph** graph) {
   });
 }
 Status launch_graph(Context* c, Graph* graph) {
-  return guarded(c, [&] { check(cudaGraphLaunch(graph->launches, c->stream), "launching a graph"); });
+  return guarded(c, [&] { check(cudaGraphLaunch(graph->launches, stream_of(*c)), "launching a graph"); });
 }
 void free_graph(Graph* graph) {
   cudaGraphExecDestroy(graph->launches);
@@ -143,11 +146,11 @@ Status record(Context* c, Event** event) {
       check(cudaEventCreateWithFlags(&made, cudaEventDisableTiming), "creating an event");
       *event = new Event{made};
     }
-    check(cudaEventRecord((*event)->event, c->stream), "recording an event");
+    check(cudaEventRecord((*event)->event, stream_of(*c)), "recording an event");
   });
 }
 Status wait(Context* c, Event* event) {
-  return guarded(c, [&] { check(cudaStreamWaitEvent(c->stream, event->event, 0), "waiting for an event"); });
+  return guarded(c, [&] { check(cudaStreamWaitEvent(stream_of(*c), event->event, 0), "waiting for an event"); });
 }
 void free_event(Event* event) {
   cudaEventDestroy(event->event);

@@ -254,7 +254,7 @@ void sample(Context& c, const Sample& s) {
   j.rows = c.scratch[0].get<Progress>(s.rows);
   const Grid grid{dim3(unsigned(ceil_div(s.vocabulary, j.chunk)), unsigned(s.rows)), dim3(threads)};
   j.matches = c.scratch[1].get<uint32_t>(s.rows * grid.blocks.x);
-  check(cudaMemsetAsync(j.rows, 0, size_t(s.rows) * sizeof(Progress), c.stream), "clearing the histograms of sampling");
+  check(cudaMemsetAsync(j.rows, 0, size_t(s.rows) * sizeof(Progress), stream_of(c)), "clearing the histograms of sampling");
   launch<largest_kernel>(c, grid, j);
   if (s.temperature <= 0) return;
   Search searches[3];

@@ -14,14 +14,14 @@ int32_t* findings(Context& c) { return c.scratch[slot_findings].get<int32_t>(1);
 }  // namespace
 
 int32_t* clear_findings(Context& c) {
-  check(cudaMemsetAsync(findings(c), 0, sizeof(int32_t), c.stream), "clearing memory of the GPU");
+  check(cudaMemsetAsync(findings(c), 0, sizeof(int32_t), stream_of(c)), "clearing memory of the GPU");
   return findings(c);
 }
 
 int32_t read_findings(Context& c) {
   int32_t found = 0;
-  check(cudaMemcpyAsync(&found, findings(c), sizeof found, cudaMemcpyDeviceToHost, c.stream), "copying from the GPU");
-  check(cudaStreamSynchronize(c.stream), "running on the GPU");
+  check(cudaMemcpyAsync(&found, findings(c), sizeof found, cudaMemcpyDeviceToHost, stream_of(c)), "copying from the GPU");
+  check(cudaStreamSynchronize(stream_of(c)), "running on the GPU");
   return found;
 }
 

@@ -254,7 +254,7 @@ class Solver {
   }
 
   void factor_inputs() {
-    check(cudaMemsetAsync(x_.gram, 0, size_t(a_.width * a_.width) * sizeof(float), c_.stream), "clearing memory of the GPU");
+    check(cudaMemsetAsync(x_.gram, 0, size_t(a_.width * a_.width) * sizeof(float), stream_of(c_)), "clearing memory of the GPU");
     hessian(c_, {a_.x, a_.n, a_.width, nullptr, x_.gram});
     factor(c_, {x_.gram, a_.width, std::max(a_.ridge, min_preconditioner_damping), false, x_.order, x_.diagonal, x_.u});
   }
@@ -294,8 +294,8 @@ class Solver {
   }
 
   template <class T> void read(T* to, const T* from, size_t n) {
-    check(cudaMemcpyAsync(to, from, n * sizeof(T), cudaMemcpyDeviceToHost, c_.stream), "copying from the GPU");
-    check(cudaStreamSynchronize(c_.stream), "running on the GPU");
+    check(cudaMemcpyAsync(to, from, n * sizeof(T), cudaMemcpyDeviceToHost, stream_of(c_)), "copying from the GPU");
+    check(cudaStreamSynchronize(stream_of(c_)), "running on the GPU");
   }
 
   Context& c_;
@@ -311,7 +311,7 @@ void calibrate_router(Context& c, const CalibrateRouter& a) {
   require(a.ridge >= 0 && std::isfinite(a.ridge), "calibrate_router: the ridge must be a number of at least 0");
   *a.iterations = 0, a.loss[0] = a.loss[1] = 0;
   if (a.n > 0) return Solver(c, a).run();
-  check(cudaMemcpyAsync(a.out, a.w, size_t(a.experts * a.width) * sizeof(float), cudaMemcpyDeviceToDevice, c.stream),
+  check(cudaMemcpyAsync(a.out, a.w, size_t(a.experts * a.width) * sizeof(float), cudaMemcpyDeviceToDevice, stream_of(c)),
         "copying on the GPU");
 }
 

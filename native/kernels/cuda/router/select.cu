@@ -196,7 +196,7 @@ void select(Context& c, const Selection& s) {
 
 void route(Context& c, const Route& a) {
   if (a.counts)
-    check(cudaMemsetAsync(a.counts, 0, size_t(a.batch.sequences * a.router.experts) * sizeof(int32_t), c.stream),
+    check(cudaMemsetAsync(a.counts, 0, size_t(a.batch.sequences * a.router.experts) * sizeof(int32_t), stream_of(c)),
           "clearing the counts of a router");
   select(c, {a.logits, a.router, a.batch.rows, a.batch.sequence, nullptr, a.weights, a.indices, a.counts});
 }

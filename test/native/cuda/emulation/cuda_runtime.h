@@ -161,7 +161,10 @@ enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAl
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
 enum { cudaStreamNonBlocking = 1, cudaStreamCaptureModeThreadLocal = 1, cudaDevAttrMultiProcessorCount = 16 };
 enum { cudaEventDisableTiming = 2 };
-using cudaStream_t = struct EmulatedStream*;
+struct EmulatedStream {
+  bool behind_launch = false;  // what was queued last is a launch
+};
+using cudaStream_t = EmulatedStream*;
 using cudaEvent_t = struct EmulatedEvent*;
 namespace eac::emulation {
 using Queue = std::vector<std::function<cudaError_t()>>;
@@ -237,38 +240,43 @@ inline cudaError_t cudaFreeHost(void* p) {
   const cudaError_t status = finish_launches();
   return std::free(p), status;
 }
+inline void queued(cudaStream_t s, bool launch) {
+  if (s) s->behind_launch = launch;
+}
 // Done at once, or noted down while a graph is captured.
 inline cudaError_t queue(std::function<cudaError_t()> work) {
   if (!eac::emulation::capturing) return work();
   eac::emulation::capturing->push_back(std::move(work));
   return cudaSuccess;
 }
-inline cudaError_t queue_after_launches(std::function<void()> work) {
+inline cudaError_t queue_after_launches(cudaStream_t s, std::function<void()> work) {
+  queued(s, false);
   return queue([=] {
     const cudaError_t status = finish_launches();
     if (status == cudaSuccess) work();
     return status;
   });
 }
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind, cudaStream_t) {
-  return queue_after_launches([=] { std::memcpy(to, from, n); });
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind, cudaStream_t s) {
+  return queue_after_launches(s, [=] { std::memcpy(to, from, n); });
 }
-inline cudaError_t cudaMemsetAsync(void* p, int v, size_t n, cudaStream_t) {
-  return queue_after_launches([=] { std::memset(p, v, n); });
+inline cudaError_t cudaMemsetAsync(void* p, int v, size_t n, cudaStream_t s) {
+  return queue_after_launches(s, [=] { std::memset(p, v, n); });
 }
-inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* s, unsigned) { return *s = nullptr, cudaSuccess; }
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* s, unsigned) { return *s = new EmulatedStream, cudaSuccess; }
 // Not allowed while a graph is captured, as on the GPU.
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
   return eac::emulation::capturing ? cudaErrorInvalidValue : finish_launches();
 }
-inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned = 0) { return cudaSuccess; }
+inline cudaError_t cudaStreamDestroy(cudaStream_t s) { return delete s, cudaSuccess; }
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t, unsigned = 0) { return queued(s, false), cudaSuccess; }
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* e, unsigned) { return *e = nullptr, cudaSuccess; }
 inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return finish_launches(); }
 inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
 inline cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
 // A graph is the list of what was queued meanwhile. One capture at a time.
-inline cudaError_t cudaStreamBeginCapture(cudaStream_t, int) {
+inline cudaError_t cudaStreamBeginCapture(cudaStream_t s, int) {
+  queued(s, false);
   eac::emulation::capturing = new eac::emulation::Queue;
   return cudaSuccess;
 }
@@ -282,7 +290,8 @@ inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* e, cudaGraph_t g, unsig
   return *e = new EmulatedGraph{g->queue}, cudaSuccess;
 }
 inline cudaError_t cudaGraphDestroy(cudaGraph_t g) { return delete g, cudaSuccess; }
-inline cudaError_t cudaGraphLaunch(cudaGraphExec_t g, cudaStream_t) {
+inline cudaError_t cudaGraphLaunch(cudaGraphExec_t g, cudaStream_t s) {
+  queued(s, false);
   for (const auto& work : g->queue)
     if (const cudaError_t status = work(); status != cudaSuccess) return status;
   return cudaSuccess;

@@ -11,7 +11,12 @@ struct Grid {
   size_t shared = 0;
 };
 
-template <auto kernel, class... Args> cudaError_t launch_kernel(cudaStream_t, const Grid& grid, bool overlap, Args... args) {
+template <auto kernel, class... Args> cudaError_t launch_kernel(cudaStream_t s, const Grid& grid, bool overlap, Args... args) {
+  if (overlap && s && !s->behind_launch) {
+    emulation::last_error = "a launch overlaps with what is no launch";
+    return cudaErrorLaunchFailure;
+  }
+  queued(s, true);
   return queue([=] {
     const char* error = emulation::run(grid.blocks, grid.threads, grid.shared, overlap, [=] { kernel(args...); });
     if (error) emulation::last_error = error;
