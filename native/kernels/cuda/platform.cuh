@@ -166,6 +166,13 @@ __device__ __forceinline__ uint32_t load_once(const uint32_t* p) {
   return v;
 }
 
+// Of what an earlier launch wrote, before wait_for_earlier(): from the L2. Until then an SM's L1 may hold what was there before.
+__device__ __forceinline__ int32_t load_written(const int32_t* p) {
+  int32_t v;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+
 // Hopper's instructions: PTX ISA "Asynchronous warpgroup level matrix instructions", "mbarrier", "setmaxnreg".
 
 // Barriers in shared memory (8 bytes each): a phase ends when `count` arrivals have come. `parity`: of the phase waited for, 0 for the first.

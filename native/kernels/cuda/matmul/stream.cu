@@ -13,45 +13,46 @@ namespace {
 using Wide = Layout<2, 2>;
 
 // Blocks of gate_up: up to the end of the last pair of units, whose padding they write.
-__host__ __device__ inline int hidden_blocks(int64_t channels) {
-  return int(plane_stride(channels, Order::lanes) / (Wide::channels / 2));
-}
+int hidden_blocks(int64_t channels) { return int(plane_stride(channels, Order::lanes) / (Wide::channels / 2)); }
 
 // What a block computes: slice `part` of `parts` of the channels behind `channel`.
 struct Spot {
   int place, channel, slice, part, parts;
 };
-__device__ __forceinline__ Spot spot_of(const Stream& s) {
-  const int b = int(blockIdx.x), slice = int(blockIdx.y), slices = int(s.slices), places = int(s.places);
-  if (s.role == Role::gate_up) {
+template <Role role> __device__ __forceinline__ Spot spot_of(const Stream& s) {
+  const uint32_t b = blockIdx.x, slice = blockIdx.y;
+  if (role == Role::gate_up) {
     // The shared expert is first: which it is, is known.
-    const int shared = s.shared ? hidden_blocks(s.shared_channels) : 0, blocks = hidden_blocks(s.channels);
-    const int place = b < shared ? places : (b - shared) / blocks;
-    return {place, (b < shared ? b : (b - shared) % blocks) * (Wide::channels / 2), 0, 0, 1};
+    const uint32_t behind = b - s.shared_blocks, place = behind / uint32_t(s.blocks);
+    if (b < uint32_t(s.shared_blocks)) return {s.places, int(b) * (Wide::channels / 2), 0, 0, 1};
+    return {int(place), int(behind - place * s.blocks) * (Wide::channels / 2), 0, 0, 1};
   }
-  const int place = min(slice / slices, places);
-  return {place, b * Wide::channels, slice, slice - place * slices, place == places ? int(s.shared_slices) : slices};
+  const int place = min(int(slice / uint32_t(s.slices)), s.places);
+  return {place, int(b) * Wide::channels, int(slice), int(slice) - place * s.slices,
+          place == s.places ? s.shared_slices : s.slices};
 }
 // Null: none is there. All lanes of a warp must call.
 __device__ __forceinline__ const Expert* expert_of(const Stream& s, const Spot& at) {
-  const int expert = at.place == s.places ? int(s.choice.experts) : expert_at(s.choice, at.place);
+  const int expert = at.place == s.places ? s.choice.experts : expert_at(s.choice, at.place);
   return expert < 0 ? nullptr : s.list + expert;
 }
-__device__ __forceinline__ Job job_of(const Stream& s, const Spot& at, const Expert* e) {
+template <Role role> __device__ __forceinline__ Job job_of(const Spot& at, const Expert* e) {
   const int half = Wide::half();
-  const Weight& w = s.role == Role::down ? e->down : half ? e->up : e->gate;
-  const int units = int(units_of(w.cols)), pairs = pairs_of(w.cols);
-  return {w, at.channel / unit_rows + (s.role == Role::gate_up ? 0 : half * Wide::panels),
-          pairs * at.part / at.parts * pair_units, min(pairs * (at.part + 1) / at.parts * pair_units, units)};
+  const Weight& w = role == Role::down ? e->down : half ? e->up : e->gate;
+  const int units = int(units_of(int(w.cols)));
+  if (role == Role::gate_up) return {w, at.channel / unit_rows, 0, units};
+  const uint32_t pairs = (units + pair_units - 1) / pair_units, parts = at.parts;
+  return {w, at.channel / unit_rows + half * Wide::panels, int(pairs * at.part / parts) * pair_units,
+          min(int(pairs * (at.part + 1) / parts) * pair_units, units)};
 }
 
 __device__ __forceinline__ void store_hidden(const Stream& s, const Spot& at, const Results<Wide>& r) {
   constexpr int width = Wide::channels / 2;
   const Expert* expert = s.biases ? expert_of(s, at) : nullptr;
-  const int64_t channels = at.place < s.places ? s.channels : s.shared_channels;
+  const int channels = at.place < s.places ? s.channels : s.shared_channels;
   for (int i = threadIdx.x; i < width * s.n; i += stream_threads) {
     const int row = i / width, k = i % width;
-    const int64_t channel = at.channel + k;
+    const int channel = at.channel + k;
     const float factor = s.factor[at.place * s.n + row];
     float v = 0;  // also the padding, and what no token chose
     if (channel < channels && factor != 0) {
@@ -59,59 +60,61 @@ __device__ __forceinline__ void store_hidden(const Stream& s, const Spot& at, co
       const float up = r.get(1, k, row) + (expert && expert->up_bias ? expert->up_bias[channel] : 0.f);
       v = glu_value(s.activation, gate, up) * factor;
     }
-    store_split(s.hidden, at.place * s.n + row, channel, v);
+    store_split(s.hidden, int64_t(at.place) * s.n + row, channel, v);
   }
 }
 
 __device__ __forceinline__ void store_out(const Stream& s, const Spot& at, const Results<Wide>& r) {
   for (int i = threadIdx.x; i < Wide::channels * s.n; i += stream_threads) {
     const int row = i / Wide::channels, k = i % Wide::channels;
-    const int64_t channel = at.channel + k;
+    const int channel = at.channel + k;
     if (channel >= s.channels) continue;
-    s.out[(at.slice * s.n + row) * s.channels + channel] = r.get(k / (Wide::channels / 2), k % (Wide::channels / 2), row);
+    s.out[int64_t(at.slice * s.n + row) * s.channels + channel] = r.get(k / (Wide::channels / 2), k % (Wide::channels / 2), row);
   }
 }
 
-template <int tiles, bool exact> __global__ __launch_bounds__(stream_threads, tiles == 1 ? 3 : 2) void stream_kernel(Stream s) {
+template <Role role, int tiles, bool exact>
+__global__ __launch_bounds__(stream_threads, tiles == 1 ? 3 : 2) void stream_kernel(Stream s) {
   float totals[Wide::panels][tiles][4] = {};
   {
-    const Spot at = spot_of(s);
-    if (s.role == Role::gate_up && s.shared && at.place < s.places) wait_for_earlier();  // the choice may not have been made yet
+    const Spot at = spot_of<role>(s);
+    if (role == Role::gate_up && s.shared && at.place < s.places) wait_for_earlier();  // the choice may not have been made yet
     const Expert* expert = expert_of(s, at);
     if (!expert) return wait_for_earlier();
-    const int64_t row = s.role == Role::down ? at.place * s.n : 0;
-    multiply<Wide>(job_of(s, at, expert), PlaneInputs<tiles, exact>(s.in, row, s.n, threadIdx.x % 32), totals);
+    const int64_t row = role == Role::down ? int64_t(at.place) * s.n : 0;
+    multiply<Wide>(job_of<role>(at, expert), PlaneInputs<tiles, exact>(s.in, row, s.n, threadIdx.x % 32), totals);
   }
   const Results<Wide>& results = results_of<Wide, exact>(totals);
-  const Spot at = spot_of(s);  // once more, rather than in registers meanwhile
-  if (s.role == Role::gate_up)
+  const Spot at = spot_of<role>(s);  // once more, rather than in registers meanwhile
+  if (role == Role::gate_up)
     store_hidden(s, at, results);
   else
     store_out(s, at, results);
 }
 
-}  // namespace
-
-int64_t stream_slices(const Context& c, int64_t products, int64_t channels, int64_t cols) {
-  const int64_t blocks = products * ceil_div<int64_t>(channels, Wide::channels), wanted = 3 * c.multiprocessors / blocks;
-  return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, units_of(cols) / Wide::step));
+template <Role role> void launch_role(Context& c, const Grid& grid, const Stream& s) {
+  if (!s.in.low)
+    launch<stream_kernel<role, 1, false>>(c, grid, s);
+  else if (s.n <= stream_rows / 2)
+    launch<stream_kernel<role, 1, true>>(c, grid, s);
+  else
+    launch<stream_kernel<role, 2, true>>(c, grid, s);
 }
 
-void multiply_stream(Context& c, const Stream& s) {
-  dim3 blocks;
-  if (s.role == Role::gate_up) {
-    blocks.x = unsigned(s.places * hidden_blocks(s.channels) + (s.shared ? hidden_blocks(s.shared_channels) : 0));
-  } else {
-    blocks.x = unsigned(ceil_div<int64_t>(s.channels, Wide::channels));
-    blocks.y = unsigned(s.places * s.slices + (s.shared ? s.shared_slices : 0));
-  }
-  const Grid grid = Wide::grid(blocks);
-  if (!s.in.low)
-    launch<stream_kernel<1, false>>(c, grid, s);
-  else if (s.n <= stream_rows / 2)
-    launch<stream_kernel<1, true>>(c, grid, s);
-  else
-    launch<stream_kernel<2, true>>(c, grid, s);
+}  // namespace
+
+int stream_slices(const Context& c, int64_t products, int64_t channels, int64_t cols) {
+  const int64_t blocks = products * ceil_div<int64_t>(channels, Wide::channels), wanted = 3 * c.multiprocessors / blocks;
+  return int(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, units_of(cols) / Wide::step)));
+}
+
+void multiply_stream(Context& c, const Stream& stream) {
+  Stream s = stream;
+  s.blocks = hidden_blocks(s.channels), s.shared_blocks = s.shared ? hidden_blocks(s.shared_channels) : 0;
+  if (s.role == Role::gate_up)
+    return launch_role<Role::gate_up>(c, Wide::grid(dim3(unsigned(s.places * s.blocks + s.shared_blocks))), s);
+  const unsigned slices = unsigned(s.places * s.slices + (s.shared ? s.shared_slices : 0));
+  launch_role<Role::down>(c, Wide::grid(dim3(unsigned(ceil_div(s.channels, Wide::channels)), slices)), s);
 }
 
 }  // namespace eac::cuda

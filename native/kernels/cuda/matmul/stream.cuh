@@ -15,38 +15,39 @@ inline constexpr int64_t stream_rows = 8;
 // a slot, whose expert has it unless an earlier slot chose the same; else a place is an expert.
 struct Choice {
   const int32_t* indices;  // (n, top_k)
-  int64_t n, top_k, experts;
+  int slots, experts;      // n top_k
 
-  int64_t slots() const { return n * top_k; }
-  int64_t places() const { return slots() < experts ? slots() : experts; }
+  int places() const { return slots < experts ? slots : experts; }
 };
-// -1: none. All lanes of a warp must call.
+// -1: none. All lanes of a warp must call; it need not have waited for earlier launches.
 __device__ __forceinline__ int expert_at(const Choice& c, int place) {
-  const bool by_slot = c.n * c.top_k < c.experts;
-  const int expert = by_slot ? c.indices[place] : place, end = by_slot ? place : int(c.n * c.top_k);
+  const bool by_slot = c.slots < c.experts;
+  const int expert = by_slot ? load_written(c.indices + place) : place, end = by_slot ? place : c.slots;
   bool found = false;
-  for (int s = threadIdx.x % 32; s < end; s += 32) found |= c.indices[s] == expert;
+#pragma unroll 1
+  for (int s = threadIdx.x % 32; s < end; s += 32) found |= load_written(c.indices + s) == expert;
   const bool chosen = __any_sync(0xffffffffu, found) != by_slot;
-  return chosen && expert >= 0 && expert < c.experts ? expert : -1;
+  return chosen && uint32_t(expert) < uint32_t(c.experts) ? expert : -1;
 }
 
 struct Stream {
   Role role;
-  int64_t n, channels, shared_channels;
+  int n, channels, shared_channels;
   const Expert* list;
   Choice choice;
-  int64_t places;       // of the choice; behind them the shared expert
+  int places;           // of the choice; behind them the shared expert
   const float* factor;  // (places + 1, n)
   bool shared, biases;  // of gate and up
   Planes in;
   Activation activation;
-  Planes hidden;                  // ((places + 1) n, ...)
-  float* out;                     // (slices, n, channels)
-  int64_t slices, shared_slices;  // that each expert's product is cut into
+  Planes hidden;              // ((places + 1) n, ...)
+  float* out;                 // (slices, n, channels)
+  int slices, shared_slices;  // that each expert's product is cut into
+  int blocks, shared_blocks;  // of an expert's gate_up; multiply_stream() knows
 };
 
 // How many slices of a row of `cols` fill the GPU, if there are `products` of `channels` outputs.
-int64_t stream_slices(const Context& c, int64_t products, int64_t channels, int64_t cols);
+int stream_slices(const Context& c, int64_t products, int64_t channels, int64_t cols);
 // With a shared expert, gate_up may start before what precedes the launch before it has ended.
 void multiply_stream(Context& c, const Stream& s);
 

@@ -18,7 +18,7 @@ __global__ __launch_bounds__(stream_threads, tiles == 1 ? 3 : 2) void linear_ker
   constexpr bool narrow = std::is_same_v<Layout, Narrow>;
   const int64_t cols = l.weight.cols, first = int64_t(blockIdx.x) * Layout::channels;
   const int lane = threadIdx.x % 32;
-  const Job j{l.weight, first / unit_rows + Layout::half() * Layout::panels, 0, int(units_of(cols))};
+  const Job j{l.weight, int(first / unit_rows) + Layout::half() * Layout::panels, 0, int(units_of(int(cols)))};
   float totals[Layout::panels][tiles][4] = {};
   if constexpr (narrow)
     multiply<Layout>(j, FloatInputs<tiles, exact>(l.x, cols, l.n, lane), totals);

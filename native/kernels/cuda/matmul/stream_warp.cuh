@@ -27,10 +27,8 @@ template <int halves_, int panels_> struct Layout {
 // What a warp multiplies.
 struct Job {
   Weight weight;
-  int64_t panel;
-  int begin, end;  // units; begin is even
+  int panel, begin, end;  // begin and end in units; begin is even
 };
-__host__ __device__ inline int pairs_of(int64_t cols) { return int((units_of(cols) + pair_units - 1) / pair_units); }
 
 // What a lane gives to the operand b of a pair of units, by halves of units.
 template <int tiles> using Operand = uint4[tiles][2 * pair_units];
@@ -102,20 +100,26 @@ template <class Layout, int bits, int groups> class Units {
   static constexpr int slots = Layout::ring_bytes / slot_bytes;
 
   __device__ __forceinline__ Units(const Job& j, int first, unsigned char* ring, int lane)
-      : ring_(ring), lane_(lane), to_(fixed(shared_address(ring) + lane * 16)), next_(first), row_end_(j.end) {
-    const int64_t units = units_of(j.weight.cols), last = panels_of(j.weight.rows) - 1;
-    part_of_half_ = (1u << 31) / uint32_t(halves_of_group(j.weight)) + 1;
-    last_group_ = int(groups_of(j.weight.cols, j.weight.group_size)) - 1;
+      : ring_(ring), lane_(lane), to_(fixed(shared_address(ring) + lane * 16)), next_(first) {
+    const int units = int(units_of(int(j.weight.cols))), last = int(panels_of(int(j.weight.rows))) - 1;
+    const uint32_t halves = uint32_t(halves_of_group(j.weight));
+    part_of_half_ = (1u << 31) / halves + 1;
+    const int count = divided(uint32_t(int(j.weight.cols) + 31) / 32 + halves - 1);  // of groups
+    last_group_ = count - 1;
     // Padding repeats the last panel, in vain.
+    const auto* data = static_cast<const unsigned char*>(j.weight.data);
+    const unsigned char* from[panels];
+#pragma unroll
+    for (int p = 0; p < panels; p++) from[p] = data + int64_t(min(j.panel + p, last) * units + first) * unit_bytes(bits);
 #pragma unroll
     for (int i = 0; i < copies; i++) {
-      const int64_t panel = min(j.panel + chunk(i) / panel_chunks, last);
-      codes_[i] = static_cast<const unsigned char*>(j.weight.data) + (panel * units + first) * unit_bytes(bits) +
-                  chunk(i) % panel_chunks * 16;
-      end_[i] = chunk(i) < all_chunks ? j.end - chunk(i) % panel_chunks / unit_chunks : 0;
+      const int chunk = lane + i * 32, panel = chunk >= panel_chunks, at = chunk - panel * panel_chunks;
+      codes_[i] = from[panels > 1 ? panel : 0] + at * 16;
+      end_[i] = chunk < panels * panel_chunks ? j.end - (at >= unit_chunks) : 0;
     }
-    params_ = reinterpret_cast<const unsigned char*>(params_of(j.weight, min(j.panel + lane / (4 * groups) % panels, last), 0)) +
-              lane % 4 * 16;
+    params_ = static_cast<const unsigned char*>(j.weight.params) +
+              int64_t(min(j.panel + lane / (4 * groups) % panels, last) * count) * 64 + lane % 4 * 16;
+    params_end_ = lane < panels * groups * 4 ? j.end : 0;
   }
   // The next pair. Beyond the end of a row nothing is copied: codes are finite whatever they are, and their inputs are zeros.
   __device__ __forceinline__ void copy(int slot) {
@@ -124,10 +128,10 @@ template <class Layout, int bits, int groups> class Units {
       if (next_ < end_[i]) copy_async(to_ + slot + i * 512, codes_[i]);
       codes_[i] += Layout::step * unit_bytes(bits);
     }
-    if (lane_ < panels * groups * 4 && next_ < row_end_) {
-      // half / halves_of_group, exact while (2 units)^2 < 2^31
-      const int group = int(__umulhi(uint32_t(next_ * 2 + lane_ / 4 % groups) * 2, part_of_half_));
-      copy_async(to_ + slot + panels * pair_units * unit_bytes(bits), params_ + min(group, last_group_) * 64);
+    if (next_ < params_end_) {
+      const int group =
+          groups == 1 ? divided(uint32_t(next_ * 2)) : min(divided(uint32_t(next_ * 2 + lane_ / 4 % groups)), last_group_);
+      copy_async(to_ + slot + panels * pair_units * unit_bytes(bits), params_ + group * 64);
     }
     next_ += Layout::step;
   }
@@ -143,13 +147,15 @@ template <class Layout, int bits, int groups> class Units {
 
  private:
   static constexpr int unit_chunks = unit_bytes(bits) / 16, panel_chunks = pair_units * unit_chunks,
-                       all_chunks = panels * panel_chunks, copies = (all_chunks + 31) / 32;
-  __device__ __forceinline__ int chunk(int i) const { return lane_ + i * 32; }
+                       copies = (panels * panel_chunks + 31) / 32;
+  static_assert(panels <= 2 && pair_units == 2);
+  // By the halves of a group; exact while a row has less than 2^15 halves.
+  __device__ __forceinline__ int divided(uint32_t halves) const { return int(__umulhi(halves * 2, part_of_half_)); }
 
   unsigned char* ring_;
   int lane_;
   uint32_t to_;
-  int next_, row_end_, last_group_;
+  int next_, params_end_, last_group_;
   uint32_t part_of_half_;  // in 2^-31
   const unsigned char *codes_[copies], *params_;
   int end_[copies];  // of the units that have these codes

@@ -136,13 +136,13 @@ Dispatch sort_pairs(Context& c, const Experts& e, int tile_rows) {
 }
 
 Prepared prepare(Context& c, const Experts& e, const Choice& choice) {
-  const int64_t places = choice.places();
+  const int places = choice.places();
   const Planes in = allocate_planes(c, 0, e.n, e.width, e.precision, Order::lanes);
   int32_t* experts = c.scratch[2].get<int32_t>(places);
   float* factor = c.scratch[3].get<float>((places + 1) * e.n);
   const int64_t blocks =
       std::max({ceil_div<int64_t>(e.n * (in.stride / 4), threads), e.n, ceil_div<int64_t>(places, threads / 32)});
-  launch<prepare_kernel>(c, {dim3(unsigned(blocks), 3), dim3(threads)}, e, choice, in, int(places), experts, factor);
+  launch<prepare_kernel>(c, {dim3(unsigned(blocks), 3), dim3(threads)}, e, choice, in, places, experts, factor);
   return {experts, factor, in};
 }
 

@@ -36,20 +36,21 @@ struct Paths {
 bool tensor(const bool (&paths)[3]) { return paths[int(Path::codes)] || paths[int(Path::bf16)]; }
 
 // Few tokens. parts: (slices of the places' experts, then of the shared one; n, width).
-__global__ void add_experts_kernel(Experts e, Prepared prepared, int64_t places, int64_t slices, int64_t shared_slices,
-                                   bool biases, const float* parts) {
+__global__ void add_experts_kernel(Experts e, Prepared prepared, int places, int slices, int shared_slices, bool biases,
+                                   const float* parts) {
   uint8_t* there = dynamic_shared<uint8_t>();  // whether a part has been written
-  const int64_t i = global_thread(), size = e.n * e.width, routed = places * slices, all = routed + shared_slices;
-  for (int64_t q = threadIdx.x; q < all; q += blockDim.x) there[q] = q >= routed || prepared.expert[q / slices] >= 0;
+  const int64_t i = global_thread(), size = e.n * e.width;
+  const int routed = places * slices, all = routed + shared_slices;
+  for (int q = threadIdx.x; q < all; q += blockDim.x) there[q] = q >= routed || load_written(prepared.expert + q / slices) >= 0;
   __syncthreads();
   wait_for_earlier();
   if (i >= size) return;
   const int64_t token = i / e.width, channel = i % e.width;
   float sum = e.add ? e.out[i] : 0.f;
 #pragma unroll 8
-  for (int64_t q = 0; q < all; q++)
+  for (int q = 0; q < all; q++)
     if (there[q]) sum += parts[q * size + i];
-  for (int64_t p = 0; p < (biases ? places : 0); p++) {
+  for (int p = 0; p < (biases ? places : 0); p++) {
     const float* bias = there[p * slices] ? e.list[prepared.expert[p]].down_bias : nullptr;
     if (bias) sum += prepared.factor[p * e.n + token] * bias[channel];
   }
@@ -57,16 +58,16 @@ __global__ void add_experts_kernel(Experts e, Prepared prepared, int64_t places,
 }
 
 void run_few(Context& c, const Experts& e) {
-  const Choice choice{e.indices, e.n, e.top_k, e.experts};
-  const int64_t places = choice.places();
+  const Choice choice{e.indices, int(e.n * e.top_k), int(e.experts)};
+  const int places = choice.places();
   const Prepared prepared = prepare(c, e, choice);
   Stream s{};
-  s.n = e.n, s.list = e.list, s.choice = choice, s.places = places, s.shared = e.shared;
+  s.n = int(e.n), s.list = e.list, s.choice = choice, s.places = places, s.shared = e.shared;
   s.factor = prepared.factor;
   s.biases = std::any_of(e.shapes, e.shapes + e.experts, [](const Expert& x) { return x.gate_bias || x.up_bias || x.down_bias; });
   s.activation = e.activation;
   s.role = Role::gate_up;
-  s.channels = e.hidden, s.shared_channels = e.shared_hidden;
+  s.channels = int(e.hidden), s.shared_channels = int(e.shared_hidden);
   s.in = prepared.in;
   s.slices = s.shared_slices = 1;
   s.hidden =
@@ -74,11 +75,11 @@ void run_few(Context& c, const Experts& e) {
   multiply_stream(c, s);
 
   s.role = Role::down;
-  s.channels = e.width;
+  s.channels = int(e.width);
   s.in = s.hidden;
   // As many blocks as if the shared expert were some more of the others; its slices are about as long as theirs.
   s.slices = stream_slices(c, places + (e.shared ? ceil_div(e.shared_hidden, e.hidden) : 0), e.width, e.hidden);
-  s.shared_slices = e.shared ? ceil_div(units_of(e.shared_hidden), ceil_div(units_of(e.hidden), s.slices)) : 0;
+  s.shared_slices = e.shared ? int(ceil_div(units_of(e.shared_hidden), ceil_div<int64_t>(units_of(e.hidden), s.slices))) : 0;
   s.out = c.scratch[6].get<float>((places * s.slices + s.shared_slices) * e.n * e.width);
   multiply_stream(c, s);
   Grid grid = per_element(e.n * e.width);
