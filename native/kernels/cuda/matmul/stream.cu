@@ -39,7 +39,7 @@ __device__ __forceinline__ const Expert* expert_of(const Stream& s, const Spot& 
 template <Role role> __device__ __forceinline__ Job job_of(const Spot& at, const Expert* e) {
   const int half = Wide::half();
   const Weight& w = role == Role::down ? e->down : half ? e->up : e->gate;
-  const int units = int(units_of(int(w.cols)));
+  const int units = int((uint32_t(w.cols) + unit_cols - 1) / unit_cols);
   if (role == Role::gate_up) return {w, at.channel / unit_rows, 0, units};
   const uint32_t pairs = (units + pair_units - 1) / pair_units, parts = at.parts;
   return {w, at.channel / unit_rows + half * Wide::panels, int(pairs * at.part / parts) * pair_units,

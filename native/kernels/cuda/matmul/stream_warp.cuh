@@ -101,24 +101,27 @@ template <class Layout, int bits, int groups> class Units {
 
   __device__ __forceinline__ Units(const Job& j, int first, unsigned char* ring, int lane)
       : ring_(ring), lane_(lane), to_(fixed(shared_address(ring) + lane * 16)), next_(first) {
-    const int units = int(units_of(int(j.weight.cols))), last = int(panels_of(int(j.weight.rows))) - 1;
-    const uint32_t halves = uint32_t(halves_of_group(j.weight));
+    // 32 bits suffice, and are fewer instructions.
+    const uint32_t cols = uint32_t(j.weight.cols);
+    const int units = int((cols + unit_cols - 1) / unit_cols),
+              last = int((uint32_t(j.weight.rows) + unit_rows - 1) / unit_rows) - 1;
+    const uint32_t halves = j.weight.group_size < j.weight.cols ? uint32_t(j.weight.group_size) / 32 : 2 * units;
     part_of_half_ = (1u << 31) / halves + 1;
-    const int count = divided(uint32_t(int(j.weight.cols) + 31) / 32 + halves - 1);  // of groups
-    last_group_ = count - 1;
+    last_group_ = divided((cols + 31) / 32 - 1);
     // Padding repeats the last panel, in vain.
     const auto* data = static_cast<const unsigned char*>(j.weight.data);
     const unsigned char* from[panels];
 #pragma unroll
-    for (int p = 0; p < panels; p++) from[p] = data + int64_t(min(j.panel + p, last) * units + first) * unit_bytes(bits);
+    for (int p = 0; p < panels; p++)
+      from[p] = data + uint64_t(uint32_t(min(j.panel + p, last) * units + first)) * unit_bytes(bits);
 #pragma unroll
     for (int i = 0; i < copies; i++) {
       const int chunk = lane + i * 32, panel = chunk >= panel_chunks, at = chunk - panel * panel_chunks;
-      codes_[i] = from[panels > 1 ? panel : 0] + at * 16;
+      codes_[i] = (panel ? from[panels - 1] : from[0]) + at * 16;
       end_[i] = chunk < panels * panel_chunks ? j.end - (at >= unit_chunks) : 0;
     }
     params_ = static_cast<const unsigned char*>(j.weight.params) +
-              int64_t(min(j.panel + lane / (4 * groups) % panels, last) * count) * 64 + lane % 4 * 16;
+              uint64_t(uint32_t(min(j.panel + lane / (4 * groups) % panels, last)) * (last_group_ + 1)) * 64 + lane % 4 * 16;
     params_end_ = lane < panels * groups * 4 ? j.end : 0;
   }
   // The next pair. Beyond the end of a row nothing is copied: codes are finite whatever they are, and their inputs are zeros.
@@ -129,9 +132,9 @@ template <class Layout, int bits, int groups> class Units {
       codes_[i] += Layout::step * unit_bytes(bits);
     }
     if (next_ < params_end_) {
-      const int group =
-          groups == 1 ? divided(uint32_t(next_ * 2)) : min(divided(uint32_t(next_ * 2 + lane_ / 4 % groups)), last_group_);
-      copy_async(to_ + slot + panels * pair_units * unit_bytes(bits), params_ + group * 64);
+      const uint32_t half = next_ * 2 + lane_ / 4 % groups;
+      const uint32_t group = groups == 1 ? divided(half) : min(divided(half), last_group_);
+      copy_async(to_ + slot + panels * pair_units * unit_bytes(bits), params_ + uint64_t(group) * 64);
     }
     next_ += Layout::step;
   }
@@ -149,14 +152,14 @@ template <class Layout, int bits, int groups> class Units {
   static constexpr int unit_chunks = unit_bytes(bits) / 16, panel_chunks = pair_units * unit_chunks,
                        copies = (panels * panel_chunks + 31) / 32;
   static_assert(panels <= 2 && pair_units == 2);
-  // By the halves of a group; exact while a row has less than 2^15 halves.
-  __device__ __forceinline__ int divided(uint32_t halves) const { return int(__umulhi(halves * 2, part_of_half_)); }
+  // The group of a half; exact while a row has less than 2^15 halves.
+  __device__ __forceinline__ uint32_t divided(uint32_t half) const { return __umulhi(half * 2, part_of_half_); }
 
   unsigned char* ring_;
   int lane_;
   uint32_t to_;
-  int next_, params_end_, last_group_;
-  uint32_t part_of_half_;  // in 2^-31
+  int next_, params_end_;
+  uint32_t last_group_, part_of_half_;  // in 2^-31
   const unsigned char *codes_[copies], *params_;
   int end_[copies];  // of the units that have these codes
 };
@@ -221,7 +224,8 @@ __device__ __forceinline__ void multiply_units(const Job& j, const Inputs& input
 // totals += this warp's job; waits for earlier launches when its first codes are under way.
 template <class Layout, class Inputs, int tiles>
 __device__ __forceinline__ void multiply(const Job& j, const Inputs& inputs, float (&totals)[Layout::panels][tiles][4]) {
-  const bool whole = halves_of_group(j.weight) % (2 * pair_units) == 0;
+  // Groups end where pairs do, or there is one.
+  const bool whole = j.weight.group_size >= j.weight.cols || uint32_t(j.weight.group_size) / 32 % (2 * pair_units) == 0;
   const int bits = j.weight.bits;
   if (bits == 2) whole ? multiply_units<Layout, 2, 1>(j, inputs, totals) : multiply_units<Layout, 2, 4>(j, inputs, totals);
   if (bits == 3) whole ? multiply_units<Layout, 3, 1>(j, inputs, totals) : multiply_units<Layout, 3, 4>(j, inputs, totals);
