@@ -153,15 +153,17 @@ void check_behind_router(const Case& c) {
   const Layer layer(c);
   const std::vector<float> x = normal(size_t(c.n * c.width), 1);
   const Buffer<float> in(x), weights(size_t(c.n * c.top_k));
-  const Buffer<int32_t> indices(size_t(c.n * c.top_k));
+  const Buffer<int32_t> indices(size_t(c.n * c.top_k)), counts(size_t(c.experts));
   const Sequences s({int32_t(c.n)}, {0});
   for (const unsigned seed : {1u, 2u, 3u}) {
     const Buffer<float> logits(normal(size_t(c.n * c.experts), 100 + seed)), out(x.size());
     const Router router{Scoring::softmax, c.experts, c.top_k, true, 1, 0, nullptr, 1, 1, 1};
-    const Route route{logits, router, s.batch, weights, indices, nullptr};
+    const Route route{logits, router, s.batch, weights, indices, counts};
     const Experts e = call_of(c, layer, in, weights, indices, out);
-    device()(device().table.route(device().context, &route));
-    device()(device().table.experts(device().context, &e));
+    for (int times = 0; times < 2; times++) {  // the second time counts are cleared behind a launch
+      device()(device().table.route(device().context, &route));
+      device()(device().table.experts(device().context, &e));
+    }
     const std::vector<float> got = out.read(), share = weights.read();
     const std::vector<int32_t> chosen = indices.read();
     std::vector<float> want(x.size());
