@@ -169,7 +169,11 @@ void check_behind_router(const Case& c) {
     std::vector<float> want(x.size());
     run_experts_reference(x.data(), c.n, c.width, share.data(), chosen.data(), c.top_k, layer.host(c), 0.0f, want.data(),
                           Activations::f32);
-    close(name_of(c) + ", behind a router, step " + std::to_string(seed), got, {want.begin(), want.end()}, 4e-5);
+    const std::string name = name_of(c) + ", behind a router, step " + std::to_string(seed);
+    close(name, got, {want.begin(), want.end()}, 4e-5);
+    std::vector<int32_t> times(size_t(c.experts));
+    for (const int32_t e : chosen) times[size_t(e)]++;
+    equal(name + ": counts", counts.read(), times);
   }
 }
 

@@ -23,6 +23,7 @@ struct Selection {
   const uint8_t* keep;  // or null
   float* weights;
   int32_t *indices, *counts;  // counts: or null
+  bool single;                // each row is a sequence of its own: its warp clears the counts, which are 0 else
 };
 
 // What a token of the warp works with.
@@ -152,10 +153,15 @@ __global__ void select_kernel(Selection s) {
     sparse_mixer(w, &weight, &index);
   else
     top_k(w, &weight, &index);
+  int32_t* counts = s.counts ? s.counts + sequence * r.experts : nullptr;
+  if (counts && s.single) {
+    for (int64_t e = lane; e < r.experts; e += 32) counts[e] = 0;
+    __syncwarp();
+  }
   if (lane >= r.top_k) return;
   s.weights[row * r.top_k + lane] = weight;
   s.indices[row * r.top_k + lane] = index;
-  if (s.counts && index >= 0) atomicAdd(s.counts + sequence * r.experts + index, 1);
+  if (counts && index >= 0) atomicAdd(counts + index, 1);
 }
 
 __global__ void mask_kernel(Prune p) {
@@ -195,15 +201,16 @@ void select(Context& c, const Selection& s) {
 }  // namespace
 
 void route(Context& c, const Route& a) {
-  if (a.counts)
+  const bool single = a.batch.longest == 1 && a.batch.rows == a.batch.sequences;
+  if (a.counts && !single)  // at every layer of a decoded token it would keep launches from overlapping
     check(cudaMemsetAsync(a.counts, 0, size_t(a.batch.sequences * a.router.experts) * sizeof(int32_t), stream_of(c)),
           "clearing the counts of a router");
-  select(c, {a.logits, a.router, a.batch.rows, a.batch.sequence, nullptr, a.weights, a.indices, a.counts});
+  select(c, {a.logits, a.router, a.batch.rows, a.batch.sequence, nullptr, a.weights, a.indices, a.counts, single});
 }
 
 void prune(Context& c, const Prune& p) {
   if (p.mode == PruneMode::reselect)
-    select(c, {p.logits, p.router, p.batch.rows, p.batch.sequence, p.keep, p.weights, p.indices, nullptr});
+    select(c, {p.logits, p.router, p.batch.rows, p.batch.sequence, p.keep, p.weights, p.indices, nullptr, false});
   else
     launch<mask_kernel>(c, per_element(p.batch.rows), p);
 }
