@@ -166,6 +166,8 @@ __device__ __forceinline__ uint32_t load_once(const uint32_t* p) {
   return v;
 }
 
+// The 128 bytes that hold *p will be read, by another launch perhaps.
+__device__ __forceinline__ void fetch_to_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 // Of what an earlier launch wrote, before wait_for_earlier(): from the L2. Until then an SM's L1 may hold what was there before.
 __device__ __forceinline__ int32_t load_written(const int32_t* p) {
   int32_t v;

@@ -24,7 +24,7 @@ __device__ __forceinline__ int expert_at(const Choice& c, int place) {
   const bool by_slot = c.slots < c.experts;
   const int expert = by_slot ? load_written(c.indices + place) : place, end = by_slot ? place : c.slots;
   bool found = false;
-#pragma unroll 1
+#pragma unroll 4
   for (int s = threadIdx.x % 32; s < end; s += 32) found |= load_written(c.indices + s) == expert;
   const bool chosen = __any_sync(0xffffffffu, found) != by_slot;
   return chosen && uint32_t(expert) < uint32_t(c.experts) ? expert : -1;

@@ -99,6 +99,9 @@ __global__ __launch_bounds__(threads) void shared_factors_kernel(Experts e, floa
 __global__ __launch_bounds__(threads) void prepare_kernel(Experts e, Choice choice, Planes in, int places, int32_t* experts,
                                                           float* factor) {
   if (e.shared) let_next_start();  // to fetch the shared expert's weights: multiply_stream
+  if (blockIdx.y == 2)             // and the others' addresses, which no launch writes
+    for (int64_t i = global_thread() * 128; i < (e.experts + e.shared) * int64_t(sizeof(Expert)); i += gridDim.x * threads * 128)
+      fetch_to_l2(reinterpret_cast<const char*>(e.list) + i);
   wait_for_earlier();
   if (blockIdx.y == 0) {
     const int64_t quads = in.stride / 4, i = global_thread();

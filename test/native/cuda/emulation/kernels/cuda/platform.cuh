@@ -105,6 +105,7 @@ template <int n> void copy_wait() { emulation::wait_copies(n); }
 inline uint4 load_once(const uint4* p) { return *p; }
 inline uint2 load_once(const uint2* p) { return *p; }
 inline uint32_t load_once(const uint32_t* p) { return *p; }
+inline void fetch_to_l2(const void*) {}
 inline int32_t load_written(const int32_t* p) { return *p; }
 
 inline uint32_t shared_address(const void* p) { return emulation::shared_address(p); }
