@@ -40,7 +40,8 @@ class Scratch {
 struct Context {
   int device = 0;
   int multiprocessors = 1;
-  bool wgmma = false;  // the GPU has it, and this library code for it: find_wgmma
+  bool wgmma = false;    // products may use it
+  bool overlap = false;  // launches may start before the one before them has ended
   cudaStream_t stream = nullptr;
   std::string error;
   static constexpr int scratches = 12;
@@ -56,7 +57,7 @@ struct Event {
 
 template <auto kernel, class... Args> void launch(Context& c, const Grid& grid, Args... args) {
   if (grid.blocks.x == 0 || grid.blocks.y == 0 || grid.blocks.z == 0) return;  // nothing to do
-  check(launch_kernel<kernel>(c.stream, grid, args...), "a kernel launch");
+  check(launch_kernel<kernel>(c.stream, grid, c.overlap, args...), "a kernel launch");
 }
 
 template <class T> __host__ __device__ constexpr T ceil_div(T a, T b) { return (a + b - 1) / b; }
@@ -97,8 +98,8 @@ template <class T> __device__ T block_sum(T v, T* shared) {
   return shared[32];
 }
 
-// Whether products may use wgmma: asks the GPU. EAC_MOE_CUDA_WGMMA=0: no.
-bool find_wgmma(Context& c);
+// Sets wgmma and overlap: asks the GPU whether it runs code for Hopper. EAC_MOE_CUDA_WGMMA=0, EAC_MOE_CUDA_OVERLAP=0: not wanted.
+void find_features(Context& c);
 
 // One function an operation, in the file of its name; each queues its launches on the context's stream.
 void embed(Context&, const Embed&);

@@ -12,15 +12,40 @@ struct Grid {
   size_t shared = 0;  // bytes of dynamic shared memory
 };
 
+// Code for Hopper: sm_90a. What only Hopper has is in `if (on_hopper)`, of which the compiler leaves nothing elsewhere.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+inline constexpr bool on_hopper = true;
+#else
+inline constexpr bool on_hopper = false;
+#endif
+
 // kernel<<<>>>(args...), with more than 48 KB of shared memory where it asks for it. Limit for every architecture: 96 KB; of Hopper's kernels 227 KB.
-template <auto kernel, class... Args> cudaError_t launch_kernel(cudaStream_t stream, const Grid& grid, Args... args) {
+// overlap: it may start while the launch before it runs; see wait_for_earlier().
+template <auto kernel, class... Args>
+cudaError_t launch_kernel(cudaStream_t stream, const Grid& grid, bool overlap, Args... args) {
   if (grid.shared > 48 * 1024) {
     const cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                     cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared));
     if (status != cudaSuccess) return status;
   }
-  kernel<<<grid.blocks, grid.threads, grid.shared, stream>>>(args...);
-  return cudaGetLastError();
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid.blocks, config.blockDim = grid.threads, config.dynamicSmemBytes = grid.shared, config.stream = stream;
+  config.attrs = &attribute, config.numAttrs = overlap;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+// Until all that was queued before this launch is done and its results can be seen; from then on the next launch may start (when every block has
+// come so far). Every thread of every kernel calls it, first of all. Before it a kernel may only read what no launch writes (weights), or what
+// was there before the launch before this one began to work, and write its registers and dynamic shared memory.
+// Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization"; PTX ISA, griddepcontrol.
+__device__ __forceinline__ void wait_for_earlier() {
+  if constexpr (on_hopper) {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  }
 }
 
 template <class T> __device__ __forceinline__ T* dynamic_shared() {
@@ -29,6 +54,11 @@ template <class T> __device__ __forceinline__ T* dynamic_shared() {
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+// v, which the compiler keeps in a register, where it would compute it once more for each use.
+__device__ __forceinline__ uint32_t fixed(uint32_t v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
 
 // Two floats rounded to nearest even as bf16, `low` in the low half.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
@@ -96,6 +126,10 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes) : "memory");
 }
+// To a shared_address().
+__device__ __forceinline__ void copy_async(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most n of this thread's groups are under way; other threads' copies need a barrier besides.
 template <int n> __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory"); }
@@ -117,13 +151,7 @@ __device__ __forceinline__ uint32_t load_once(const uint32_t* p) {
   return v;
 }
 
-// Hopper's instructions: PTX ISA "Asynchronous warpgroup level matrix instructions", "mbarrier", "setmaxnreg". They are only in code for sm_90a:
-// what uses them is in `if (has_wgmma)`, of which the compiler leaves nothing elsewhere.
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-inline constexpr bool has_wgmma = true;
-#else
-inline constexpr bool has_wgmma = false;
-#endif
+// Hopper's instructions: PTX ISA "Asynchronous warpgroup level matrix instructions", "mbarrier", "setmaxnreg".
 
 // Barriers in shared memory (8 bytes each): a phase ends when `count` arrivals have come. `parity`: of the phase waited for, 0 for the first.
 __device__ __forceinline__ void signal_create(uint64_t* signal, int count) {

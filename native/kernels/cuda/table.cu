@@ -75,7 +75,7 @@ Status open(int32_t device, Context** context) {
       throw Failure{Status::failed, "it has compute capability " + std::to_string(major) + "." + std::to_string(minor) +
                                         "; 8.0 or newer is needed"};
     check(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking), "creating a stream");
-    c->wgmma = find_wgmma(*c);
+    find_features(*c);
   });
 }
 

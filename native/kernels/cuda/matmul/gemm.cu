@@ -56,6 +56,7 @@ __device__ __forceinline__ void load_part(const Operand& x, int64_t row0, int64_
 
 // A block splits 64 rows × 32 columns, through shared memory so that both sides are read and written along their lines.
 __global__ __launch_bounds__(256) void split_kernel(Split s) {
+  wait_for_earlier();
   __shared__ float part[64][33];
   const int64_t row0 = int64_t(blockIdx.x) * 64, k0 = int64_t(blockIdx.y) * split_step;
   const Operand& x = s.from;
@@ -189,6 +190,7 @@ __device__ __forceinline__ void store_tile(const Tiles& t, const float (&sum)[4]
 }
 
 __global__ __launch_bounds__(threads, 2) void product_kernel(Tiles t) {
+  wait_for_earlier();
   uint4* shared = dynamic_shared<uint4>();
   int64_t row, column;
   tile_of(t, row, column);
@@ -221,6 +223,7 @@ __global__ __launch_bounds__(threads, 2) void product_kernel(Tiles t) {
 }
 
 __global__ void add_slices_kernel(Tiles t, int slices) {
+  wait_for_earlier();
   const int64_t i = global_thread(), row = i / t.n, column = i % t.n;
   if (row >= t.m || (t.lower && column / tile > row / tile)) return;
   float sum = 0;

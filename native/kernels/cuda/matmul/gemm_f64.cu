@@ -38,6 +38,7 @@ __device__ __forceinline__ void multiply(double (&sum)[4][4][2], const double* a
 }
 
 template <bool transposed> __global__ __launch_bounds__(threads, 3) void multiply_f64_kernel(MultiplyF64 p) {
+  wait_for_earlier();
   double *a = dynamic_shared<double>(), *b = a + tile * stride;
   int64_t row = blockIdx.x / p.columns, column = blockIdx.x % p.columns;
   if (p.lower) lower_tile(blockIdx.x, row, column);

@@ -34,6 +34,7 @@ __device__ __forceinline__ void store(const Linear& l, int64_t row, int64_t chan
 
 // rows: as many as l.n or more. channels: of a warp, or (1) of a block. aligned: rows of x and of the weight begin at multiples of 16 bytes.
 template <Storage s, int rows, int channels, bool aligned> __global__ __launch_bounds__(warps * 32) void gemv_kernel(Linear l) {
+  wait_for_earlier();
   using V = Vector<s>;
   constexpr int element = s == Storage::f32 ? 4 : 2;
   constexpr bool split = channels == 1;

@@ -46,6 +46,7 @@ __device__ __forceinline__ void load8(Storage storage, const void* data, int64_t
 
 // N: tokens of a block.
 template <int N, bool vectors> __global__ __launch_bounds__(threads) void few_kernel(Work w) {
+  wait_for_earlier();
   const HeadLinear& a = w.a;
   const int lane = int(threadIdx.x % 8);
   const int64_t output = global_thread() / 8, first = int64_t(blockIdx.y) * N;
@@ -135,6 +136,7 @@ template <bool lows> __device__ __forceinline__ void multiply(float (&sums)[8][4
 
 // Blocks: token tiles, (output tile, head).
 template <bool lows> __global__ __launch_bounds__(threads) void tile_kernel(Work w) {
+  wait_for_earlier();
   const HeadLinear& a = w.a;
   const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
   const int64_t token = int64_t(blockIdx.x) * token_tile, tiles = (w.out + output_tile - 1) / output_tile;

@@ -14,9 +14,11 @@ namespace {
 constexpr int64_t most_rows = 16384;  // at a time: bounds the scratch memory
 
 __global__ void add_slices_kernel(const float* parts, int64_t slices, int64_t n, bool add, float* out) {
+  wait_for_earlier();
   const int64_t i = global_thread();
   if (i >= n) return;
   float sum = add ? out[i] : 0.f;
+#pragma unroll 8
   for (int64_t s = 0; s < slices; s++) sum += parts[s * n + i];
   out[i] = sum;
 }

@@ -5,6 +5,7 @@ namespace eac::cuda {
 namespace {
 
 __global__ void split_kernel(const float* x, int64_t rows, int64_t cols, Planes p) {
+  wait_for_earlier();
   const int64_t i = global_thread(), quads = p.stride / 4;
   if (i < rows * quads) split_quad(x + i / quads * cols, cols, i % quads, p, i / quads);
 }
@@ -12,7 +13,7 @@ __global__ void split_kernel(const float* x, int64_t rows, int64_t cols, Planes 
 }  // namespace
 
 Planes allocate_planes(Context& c, int scratch, int64_t rows, int64_t cols, Precision precision, Order order) {
-  const int64_t stride = units_of(cols) * unit_cols;
+  const int64_t stride = plane_stride(cols, order);
   uint16_t* high = c.scratch[scratch].get<uint16_t>(rows * stride);
   uint16_t* low = precision == Precision::exact ? c.scratch[scratch + 1].get<uint16_t>(rows * stride) : nullptr;
   return {high, low, stride, order};

@@ -2,7 +2,7 @@
 //
 // DEFINITION  high = bf16(x), low = bf16(x - high); high + low is x within 2^-17. Fast products use the high plane alone.
 // LAYOUT      (rows, stride), stride the channels rounded up to whole units of 64, padded with zeros. For tiles, which go through shared memory,
-//             channels are in order. For streams, which read planes into registers, channel 16 s + 8 h + 2 c + i of a unit lies at
+//             channels are in order. For streams, which read planes into registers, stride is rounded up to pairs of units, and channel 16 s + 8 h + 2 c + i of a unit lies at
 //             16 c + 4 s + 2 h + i, so that what lane c of mma_bf16 needs of a row lies together: 8 values, one 16-byte load, for each
 //             half (32 channels) of the unit.
 #pragma once
@@ -17,6 +17,11 @@ struct Planes {
   int64_t stride;        // a multiple of 64
   Order order;
 };
+
+__host__ __device__ inline int64_t plane_stride(int64_t cols, Order order) {
+  constexpr int pair = 2 * unit_cols;
+  return order == Order::lanes ? (cols + pair - 1) / pair * pair : units_of(cols) * unit_cols;
+}
 
 __device__ __forceinline__ int64_t place_in_plane(const Planes& p, int64_t channel) {
   if (p.order == Order::channels) return channel;

@@ -1,28 +1,13 @@
 #include "kernels/cuda/matmul/product.cuh"
 
 #include <algorithm>
-#include <cstdlib>
-#include <string_view>
 
 namespace eac::cuda {
 namespace {
 
 constexpr int warpgroup_rows = 128;
 
-__global__ void has_wgmma_kernel(int32_t* answer) { *answer = has_wgmma; }
-
 }  // namespace
-
-bool find_wgmma(Context& c) {
-  const char* wanted = std::getenv("EAC_MOE_CUDA_WGMMA");
-  if (wanted && std::string_view(wanted) == "0") return false;
-  int32_t* answer = c.scratch[0].get<int32_t>(1);
-  int32_t has = 0;
-  launch<has_wgmma_kernel>(c, {dim3(1), dim3(1)}, answer);
-  check(cudaMemcpyAsync(&has, answer, sizeof has, cudaMemcpyDeviceToHost, c.stream), "opening the GPU");
-  check(cudaStreamSynchronize(c.stream), "opening the GPU");
-  return has;
-}
 
 int tile_rows_for(const Context& c, bool tensor_cores, int64_t each) {
   return each <= 40 ? 16 : c.wgmma && tensor_cores ? warpgroup_rows : 64;

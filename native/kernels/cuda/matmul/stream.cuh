@@ -11,18 +11,37 @@ namespace eac::cuda {
 
 inline constexpr int64_t stream_rows = 8;
 
+// The experts that any of n tokens chose. There are places for as many as can be, most of them taken: with fewer slots than experts a place is
+// a slot, whose expert has it unless an earlier slot chose the same; else a place is an expert.
+struct Choice {
+  const int32_t* indices;  // (n, top_k)
+  int64_t n, top_k, experts;
+
+  int64_t slots() const { return n * top_k; }
+  int64_t places() const { return slots() < experts ? slots() : experts; }
+};
+// -1: none. All lanes of a warp must call.
+__device__ __forceinline__ int expert_at(const Choice& c, int place) {
+  const bool by_slot = c.n * c.top_k < c.experts;
+  const int expert = by_slot ? c.indices[place] : place, end = by_slot ? place : int(c.n * c.top_k);
+  bool found = false;
+  for (int s = threadIdx.x % 32; s < end; s += 32) found |= c.indices[s] == expert;
+  const bool chosen = __any_sync(0xffffffffu, found) != by_slot;
+  return chosen && expert >= 0 && expert < c.experts ? expert : -1;
+}
+
 struct Stream {
   Role role;
   int64_t n, cols, shared_cols, channels, shared_channels;
   Weight weight;  // plain
   const Expert* list;
-  int64_t routed, most;   // experts; at most so many of them are chosen
-  const int32_t* chosen;  // (1 + most): how many experts are chosen, and which
-  const float* factor;    // (most + 1, n); the shared expert's row is the last
+  Choice choice;
+  int64_t places;       // of the choice; behind them the shared expert
+  const float* factor;  // (places + 1, n)
   bool shared;
   Planes in;
   Activation activation;
-  Planes hidden;                  // ((most + 1) n, ...)
+  Planes hidden;                  // ((places + 1) n, ...)
   float* out;                     // (slices, n, channels)
   int64_t slices, shared_slices;  // that each expert's product (plain: the only one) is cut into
   bool add;                       // plain, one slice: like bias

@@ -144,6 +144,7 @@ template <int rows> __device__ __forceinline__ void store_tile(const Product& p,
 
 template <int rows, int planes, bool dense>
 __global__ __launch_bounds__(tile_threads, rows > 16 ? 1 : 2) void tiles_kernel(Product p) {
+  wait_for_earlier();
   Tile t;
   if (!find_tile(p, tile_channels(p), t)) return;
   const Weight w = matrix_of(p, t, threadIdx.x >= tile_threads / 2);

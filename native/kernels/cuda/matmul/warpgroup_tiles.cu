@@ -320,7 +320,8 @@ template <int planes, bool dense> __device__ __forceinline__ void run(const Prod
 }
 
 template <int planes, bool dense> __global__ __launch_bounds__(threads, 1) void warpgroup_tiles_kernel(Product p) {
-  if (has_wgmma) run<planes, dense>(p);  // else nothing is left of it
+  wait_for_earlier();
+  if (on_hopper) run<planes, dense>(p);  // else nothing is left of it
 }
 
 template <int planes, bool dense> void launch_tiles(Context& c, const Product& p, int64_t pairs) {

@@ -15,6 +15,7 @@ __device__ uint32_t code_at(const uint8_t* block, int bits, int row, int channel
 
 // A thread packs a lane's share of a unit.
 template <int bits> __global__ void pack_codes_kernel(PackWeight p) {
+  wait_for_earlier();
   const int64_t units = units_of(p.cols), blocks = (p.cols + block_cols - 1) / block_cols, i = global_thread();
   if (i >= panels_of(p.rows) * units * 32) return;
   const int64_t panel = i / 32 / units, unit = i / 32 % units;
@@ -43,6 +44,7 @@ template <int bits> __global__ void pack_codes_kernel(PackWeight p) {
 }
 
 __global__ void pack_params_kernel(PackWeight p) {
+  wait_for_earlier();
   const int64_t i = global_thread();
   if (i >= panels_of(p.rows) * groups_of(p.cols, p.group_size) * unit_rows) return;
   const int64_t row = i % unit_rows, to = i - row + row % 8 * 2 + row / 8;

@@ -77,12 +77,8 @@ __device__ __forceinline__ const uint2* params_of(const Weight& w, int64_t panel
 }
 
 inline constexpr uint32_t both = 0x10001u, magic = 0x4300u * both;
-template <bool spare> __device__ __forceinline__ uint32_t masked(uint32_t v, uint32_t mask) {
-  return spare ? and_or(v, mask, magic) : (v & mask) | magic;
-}
-
-// The operand of 16 channels: `pair` is 4 times their number in the unit. spare: there is a register for a constant, which saves an instruction.
-template <int bits, int pair, bool spare>
+// The operand of 16 channels: `pair` is 4 times their number in the unit.
+template <int bits, int pair>
 __device__ __forceinline__ uint32_t code_minus_zero(const Codes<bits>& codes, const uint32_t (&zero)[2]) {
   constexpr uint32_t mask = (1u << bits) - 1;
   constexpr int bit = bits == 3 && pair == 15 ? 0 : place_of<bits>(pair).bit;
@@ -92,14 +88,16 @@ __device__ __forceinline__ uint32_t code_minus_zero(const Codes<bits>& codes, co
   if constexpr (bits == 3 && pair == 15)
     v = (codes.word[0] >> 15 & both) | (codes.word[1] >> 14 & 2 * both) | (codes.word[2] >> 13 & 4 * both) | magic;
   else
-    v = masked<spare>(codes.word[place_of<bits>(pair).word] >> shift, (mask << at) * both);
+    v = and_or(codes.word[place_of<bits>(pair).word] >> shift, (mask << at) * both, magic);
   constexpr uint32_t exponent = uint32_t(at) << 7;
-  return fma_bf16(v, (0x3f80u - exponent) * both, zero[pair % 2] << at | (0xc300u - exponent) * both);
+  // A multiply-add, where shift and or would be two instructions.
+  const uint32_t minus_zero = zero[pair % 2] * (1u << at) + (0xc300u - exponent) * both;
+  return fma_bf16(v, (0x3f80u - exponent) * both, minus_zero);
 }
-template <int bits, int first, bool spare = true>
+template <int bits, int first>
 __device__ __forceinline__ void operand(const Codes<bits>& codes, const GroupParams& g, uint32_t (&a)[4]) {
-  a[0] = code_minus_zero<bits, first, spare>(codes, g.zero), a[1] = code_minus_zero<bits, first + 1, spare>(codes, g.zero);
-  a[2] = code_minus_zero<bits, first + 2, spare>(codes, g.zero), a[3] = code_minus_zero<bits, first + 3, spare>(codes, g.zero);
+  a[0] = code_minus_zero<bits, first>(codes, g.zero), a[1] = code_minus_zero<bits, first + 1>(codes, g.zero);
+  a[2] = code_minus_zero<bits, first + 2>(codes, g.zero), a[3] = code_minus_zero<bits, first + 3>(codes, g.zero);
 }
 
 }  // namespace eac::cuda

@@ -1,4 +1,4 @@
-// Sorting tokens by expert. Bound: latency; a block an expert looks at all slots, which the L2 holds.
+// Sorting tokens by expert, and what precedes the products of few tokens. Bound: latency; a block an expert looks at all slots, which the L2 holds.
 #include "kernels/cuda/moe/dispatch.cuh"
 
 #include <algorithm>
@@ -30,6 +30,7 @@ __device__ int sum_before(int v, int* shared, int& total) {
 
 // Block e: how many slots chose expert e.
 __global__ __launch_bounds__(threads) void count_kernel(Experts e, int32_t* counts) {
+  wait_for_earlier();
   __shared__ int shared[33];
   int count = 0;
   for (int64_t i = threadIdx.x; i < e.n * e.top_k; i += threads) count += e.indices[i] == int32_t(blockIdx.x);
@@ -39,6 +40,7 @@ __global__ __launch_bounds__(threads) void count_kernel(Experts e, int32_t* coun
 
 // Block e: the pairs of expert e. The last block: the shared expert's, and the slots without a pair.
 __global__ __launch_bounds__(threads) void place_kernel(Experts e, const int32_t* counts, int tile_rows, Dispatch d) {
+  wait_for_earlier();
   __shared__ int shared[33];
   const int expert = int(blockIdx.x), experts = int(e.experts);
   const int64_t slots = e.n * e.top_k;
@@ -67,55 +69,57 @@ __global__ __launch_bounds__(threads) void place_kernel(Experts e, const int32_t
   }
 }
 
-// A warp: the output gate times token `token`.
-__device__ float gate_product(const Experts& e, int64_t token) {
+// This thread's share of the output gate times a token, if `lanes` threads share the channels.
+template <Storage storage>
+__device__ __forceinline__ float gate_share(const void* gate, const float* x, int64_t width, int lane, int lanes) {
   float sum = 0;
-  for (int64_t k = threadIdx.x % 32; k < e.width; k += 32)
-    sum += load_float(e.output_gate.storage, e.output_gate.data, k) * e.x[token * e.width + k];
-  return warp_sum(sum);
+#pragma unroll 8
+  for (int64_t k = lane; k < width; k += lanes) sum += load_float(storage, gate, k) * x[k];
+  return sum;
 }
-
-__device__ void put_shared_factor(const Experts& e, int64_t token, float* factor) {
-  const float factor_of_token = e.output_gate.data ? 1 / (1 + __expf(-gate_product(e, token))) : 1.f;
-  if (threadIdx.x % 32 == 0) factor[token] = factor_of_token;
+__device__ float gate_share(const Experts& e, int64_t token, int lane, int lanes) {
+  const void* gate = e.output_gate.data;
+  const float* x = e.x + token * e.width;
+  if (e.output_gate.storage == Storage::bf16) return gate_share<Storage::bf16>(gate, x, e.width, lane, lanes);
+  if (e.output_gate.storage == Storage::f16) return gate_share<Storage::f16>(gate, x, e.width, lane, lanes);
+  return gate_share<Storage::f32>(gate, x, e.width, lane, lanes);
 }
+__device__ __forceinline__ float sigmoid(float v) { return 1 / (1 + __expf(-v)); }
 
+// A warp a token.
 __global__ __launch_bounds__(threads) void shared_factors_kernel(Experts e, float* factor) {
+  wait_for_earlier();
   const int64_t token = int64_t(blockIdx.x) * (threads / 32) + threadIdx.x / 32;
-  if (token < e.n) put_shared_factor(e, token, factor);
+  if (token >= e.n) return;
+  const float product = e.output_gate.data ? warp_sum(gate_share(e, token, threadIdx.x % 32, 32)) : 0;
+  if (threadIdx.x % 32 == 0) factor[token] = e.output_gate.data ? sigmoid(product) : 1;
 }
 
-// The last block: the chosen experts. The others: inputs into planes.
-__global__ __launch_bounds__(threads) void choose_kernel(Experts e, Planes in, int most, int32_t* chosen, float* factor) {
-  __shared__ int shared[33];
-  __shared__ int32_t indices[most_slots];
-  const int64_t slots = e.n * e.top_k, quads = in.stride / 4, i = global_thread();
-  if (blockIdx.x + 1 < gridDim.x) {
+// blockIdx.y 0: inputs into planes; 1: the shared expert's factors, a block a token; 2: the places, a warp each.
+__global__ __launch_bounds__(threads) void prepare_kernel(Experts e, Choice choice, Planes in, int places, int32_t* experts,
+                                                          float* factor) {
+  wait_for_earlier();
+  if (blockIdx.y == 0) {
+    const int64_t quads = in.stride / 4, i = global_thread();
     if (i < e.n * quads) split_quad(e.x + i / quads * e.width, e.width, i % quads, in, i / quads);
-    return;
-  }
-  for (int64_t s = threadIdx.x; s < slots; s += threads) indices[s] = e.indices[s];
-  if (e.shared)
-    for (int64_t t = threadIdx.x / 32; t < e.n; t += threads / 32) put_shared_factor(e, t, factor + most * e.n);
-  __syncthreads();
-  int count = 0;
-  for (int64_t first = 0; first < e.experts; first += threads) {
-    const int64_t expert = first + threadIdx.x;
-    bool is_chosen = false;
-    for (int s = 0; s < slots && expert < e.experts; s++) is_chosen |= indices[s] == int32_t(expert);
-    int total;
-    const int at = count + sum_before(is_chosen, shared, total);
-    count += total;
-    if (!is_chosen) continue;
-    chosen[1 + at] = int32_t(expert);
-    for (int64_t t = 0; t < e.n; t++) {
+  } else if (blockIdx.y == 1) {
+    __shared__ float shared[33];
+    const int64_t token = blockIdx.x;
+    if (!e.shared || token >= e.n) return;
+    const float product = e.output_gate.data ? block_sum(gate_share(e, token, threadIdx.x, threads), shared) : 0;
+    if (threadIdx.x == 0) factor[places * e.n + token] = e.output_gate.data ? sigmoid(product) : 1;
+  } else {
+    const int place = int(blockIdx.x) * (threads / 32) + int(threadIdx.x) / 32;
+    if (place >= places) return;
+    const int expert = expert_at(choice, place);
+    for (int64_t t = threadIdx.x % 32; t < e.n; t += 32) {
       float sum = 0;
-      for (int64_t j = 0; j < e.top_k; j++)
-        if (indices[t * e.top_k + j] == int32_t(expert)) sum += e.weights[t * e.top_k + j];
-      factor[at * e.n + t] = sum;
+      for (int64_t j = t * e.top_k; j < (t + 1) * e.top_k; j++)
+        if (expert >= 0 && e.indices[j] == expert) sum += e.weights[j];
+      factor[place * e.n + t] = sum;
     }
+    if (threadIdx.x % 32 == 0) experts[place] = expert;
   }
-  if (threadIdx.x == 0) chosen[0] = count;
 }
 
 }  // namespace
@@ -130,14 +134,15 @@ Dispatch sort_pairs(Context& c, const Experts& e, int tile_rows) {
   return d;
 }
 
-Chosen choose(Context& c, const Experts& e) {
-  const int64_t most = std::min(e.experts, e.n * e.top_k);
+Prepared prepare(Context& c, const Experts& e, const Choice& choice) {
+  const int64_t places = choice.places();
   const Planes in = allocate_planes(c, 0, e.n, e.width, e.precision, Order::lanes);
-  int32_t* chosen = c.scratch[2].get<int32_t>(1 + most);
-  float* factor = c.scratch[3].get<float>((most + 1) * e.n);
-  const int64_t blocks = ceil_div<int64_t>(e.n * (in.stride / 4), threads) + 1;
-  launch<choose_kernel>(c, {dim3(unsigned(blocks)), dim3(threads)}, e, in, int(most), chosen, factor);
-  return {chosen, factor, most, in};
+  int32_t* experts = c.scratch[2].get<int32_t>(places);
+  float* factor = c.scratch[3].get<float>((places + 1) * e.n);
+  const int64_t blocks =
+      std::max({ceil_div<int64_t>(e.n * (in.stride / 4), threads), e.n, ceil_div<int64_t>(places, threads / 32)});
+  launch<prepare_kernel>(c, {dim3(unsigned(blocks), 3), dim3(threads)}, e, choice, in, int(places), experts, factor);
+  return {experts, factor, in};
 }
 
 void shared_factors(Context& c, const Experts& e, float* factor) {

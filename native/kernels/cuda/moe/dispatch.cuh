@@ -1,6 +1,6 @@
 // Who computes what in a sparse-expert layer, found on the device: no launch depends on what the tokens chose.
 #pragma once
-#include "kernels/cuda/matmul/product.cuh"
+#include "kernels/cuda/matmul/stream.cuh"
 
 namespace eac::cuda {
 
@@ -14,15 +14,13 @@ struct Dispatch {
 };
 Dispatch sort_pairs(Context& c, const Experts& e, int tile_rows);
 
-// For few tokens: the experts that any of them chose, the tokens' routing weights for each, and the planes of the tokens' inputs.
-struct Chosen {
-  const int32_t* experts;  // (1 + most) how many there are, and which, rising
-  const float* factor;     // (most + 1, n); the last row is the shared expert's
-  int64_t most;
-  Planes in;
+// For few tokens: what the products of stream.cuh need beside the weights.
+struct Prepared {
+  const int32_t* expert;  // (places): -1: none
+  const float* factor;    // (places + 1, n) routing weights; the last row is the shared expert's
+  Planes in;              // the tokens' inputs
 };
-inline constexpr int64_t most_slots = 1024;  // n * top_k
-Chosen choose(Context& c, const Experts& e);
+Prepared prepare(Context& c, const Experts& e, const Choice& choice);
 
 // sigmoid(output gate · x) of every token, 1 without a gate.
 void shared_factors(Context& c, const Experts& e, float* factor);

@@ -1,7 +1,7 @@
 // Sparse-expert dispatch: which kernels compute it. What is computed: kernels/moe/experts.h.
 //
-// METHOD      Few tokens, quantized experts: three launches stream the chosen experts' weights once (choose, gate_up, down of stream.cu), a fourth
-//             adds the slices up. Many tokens: pairs are sorted by expert; one launch computes gate, up and activation of all experts,
+// METHOD      Few tokens, quantized experts: two launches stream the chosen experts' weights once (gate_up and down of stream.cu); one before
+//             them prepares inputs, one behind adds the slices up. Each begins while the one before it ends. Many tokens: pairs are sorted by expert; one launch computes gate, up and activation of all experts,
 //             one down, one adds up each token's own pairs in the order of its slots. Experts whose weights another kernel multiplies
 //             (dense ones among quantized ones) are launches of their own.
 //             Nothing waits for the host, and launches do not depend on what tokens chose: a graph can hold them.
@@ -9,7 +9,6 @@
 #include <algorithm>
 
 #include "kernels/cuda/moe/dispatch.cuh"
-#include "kernels/cuda/matmul/stream.cuh"
 
 namespace eac::cuda {
 namespace {
@@ -36,50 +35,61 @@ struct Paths {
 
 bool tensor(const bool (&paths)[3]) { return paths[int(Path::codes)] || paths[int(Path::bf16)]; }
 
-// Few tokens. parts: (slices of the chosen experts, then of the shared one; n, width).
-__global__ void add_experts_kernel(Experts e, Chosen chosen, int64_t slices, int64_t shared_slices, const float* parts) {
-  const int64_t i = global_thread(), size = e.n * e.width;
+// Few tokens. parts: (slices of the places' experts, then of the shared one; n, width).
+__global__ void add_experts_kernel(Experts e, Prepared prepared, int64_t places, int64_t slices, int64_t shared_slices,
+                                   bool biases, const float* parts) {
+  uint8_t* there = dynamic_shared<uint8_t>();  // whether a part has been written
+  const int64_t i = global_thread(), size = e.n * e.width, routed = places * slices, all = routed + shared_slices;
+  for (int64_t q = threadIdx.x; q < all; q += blockDim.x) there[q] = q >= routed || prepared.expert[q / slices] >= 0;
+  __syncthreads();
+  wait_for_earlier();
   if (i >= size) return;
   const int64_t token = i / e.width, channel = i % e.width;
   float sum = e.add ? e.out[i] : 0.f;
-  const int64_t used = chosen.experts[0] * slices;
-  for (int64_t s = 0; s < used; s++) sum += parts[s * size + i];
-  for (int64_t s = 0; s < (e.shared ? shared_slices : 0); s++) sum += parts[(chosen.most * slices + s) * size + i];
-  for (int64_t a = 0; a < used / slices; a++) {
-    const float* bias = e.list[chosen.experts[1 + a]].down_bias;
-    if (bias) sum += chosen.factor[a * e.n + token] * bias[channel];
+#pragma unroll 8
+  for (int64_t q = 0; q < all; q++)
+    if (there[q]) sum += parts[q * size + i];
+  for (int64_t p = 0; p < (biases ? places : 0); p++) {
+    const float* bias = there[p * slices] ? e.list[prepared.expert[p]].down_bias : nullptr;
+    if (bias) sum += prepared.factor[p * e.n + token] * bias[channel];
   }
   e.out[i] = sum;
 }
 
 void run_few(Context& c, const Experts& e) {
-  const Chosen chosen = choose(c, e);
+  const Choice choice{e.indices, e.n, e.top_k, e.experts};
+  const int64_t places = choice.places();
+  const Prepared prepared = prepare(c, e, choice);
   Stream s{};
-  s.n = e.n, s.list = e.list, s.routed = e.experts, s.most = chosen.most, s.shared = e.shared;
-  s.chosen = chosen.experts, s.factor = chosen.factor;
+  s.n = e.n, s.list = e.list, s.choice = choice, s.places = places, s.shared = e.shared;
+  s.factor = prepared.factor;
   s.activation = e.activation;
   s.role = Role::gate_up;
   s.channels = e.hidden, s.shared_channels = e.shared_hidden;
-  s.in = chosen.in;
+  s.in = prepared.in;
   s.slices = s.shared_slices = 1;
-  s.hidden = allocate_planes(c, 4, (chosen.most + 1) * e.n, std::max(e.hidden, e.shared ? e.shared_hidden : 0), e.precision,
-                             Order::lanes);
+  s.hidden =
+      allocate_planes(c, 4, (places + 1) * e.n, std::max(e.hidden, e.shared ? e.shared_hidden : 0), e.precision, Order::lanes);
   multiply_stream(c, s);
 
   s.role = Role::down;
   s.channels = e.width;
   s.in = s.hidden;
-  s.slices = stream_slices(c, chosen.most + e.shared, e.width, e.hidden);
-  // About as long as the routed experts' slices.
+  // As many blocks as if the shared expert were some more of the others; its slices are about as long as theirs.
+  s.slices = stream_slices(c, places + (e.shared ? ceil_div(e.shared_hidden, e.hidden) : 0), e.width, e.hidden);
   s.shared_slices = e.shared ? ceil_div(units_of(e.shared_hidden), ceil_div(units_of(e.hidden), s.slices)) : 0;
-  s.out = c.scratch[6].get<float>((chosen.most * s.slices + s.shared_slices) * e.n * e.width);
+  s.out = c.scratch[6].get<float>((places * s.slices + s.shared_slices) * e.n * e.width);
   multiply_stream(c, s);
-  launch<add_experts_kernel>(c, per_element(e.n * e.width), e, chosen, s.slices, s.shared_slices, (const float*)s.out);
+  Grid grid = per_element(e.n * e.width);
+  grid.shared = size_t(places * s.slices + s.shared_slices);
+  const bool biases = std::any_of(e.shapes, e.shapes + e.experts, [](const Expert& x) { return x.down_bias; });
+  launch<add_experts_kernel>(c, grid, e, prepared, places, s.slices, s.shared_slices, biases, (const float*)s.out);
 }
 
 // Many tokens. rows: (slices, pairs, width).
 __global__ void combine_kernel(Experts e, Dispatch d, const float* rows, int64_t slices, int64_t slice_stride,
                                const float* factor) {
+  wait_for_earlier();
   const int64_t i = global_thread();
   if (i >= e.n * e.width) return;
   const int64_t token = i / e.width, channel = i % e.width;
@@ -148,7 +158,7 @@ void experts(Context& c, const Experts& all) {
     e.n = std::min(most_tokens, all.n - first);
     e.x += first * e.width, e.out += first * e.width;
     e.weights += first * e.top_k, e.indices += first * e.top_k;
-    if (!paths.has(Path::bf16) && !paths.has(Path::scalar) && e.n <= stream_rows && e.n * e.top_k <= most_slots)
+    if (!paths.has(Path::bf16) && !paths.has(Path::scalar) && e.n <= stream_rows)
       run_few(c, e);
     else
       run_many(c, e, paths);

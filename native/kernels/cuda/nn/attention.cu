@@ -9,6 +9,7 @@ namespace {
 
 // 4 channels a thread.
 __global__ void append_kernel(Attention a) {
+  wait_for_earlier();
   const int64_t i = global_thread() * 4, key_width = a.kv_heads * a.head_dim, value_width = a.kv_heads * a.value_dim;
   const int64_t row = i / (key_width + value_width);
   if (row >= a.batch.rows) return;
@@ -27,6 +28,7 @@ constexpr int merge_threads = 256, most_splits = 256;
 
 // A block a row and head: threads take 4 channels of every groups-th split, and the groups are added up in their order.
 __global__ void merge_kernel(Attend p) {
+  wait_for_earlier();
   __shared__ float weight[most_splits], part_max[merge_threads / 32], part_sum[merge_threads / 32];
   __shared__ float4 results[merge_threads];
   const Attention& a = p.a;

@@ -187,6 +187,7 @@ template <int R, int T> struct Block {
 };
 
 template <int R, int T> __global__ __launch_bounds__(threads) void attend_few_kernel(Attend p) {
+  wait_for_earlier();
   Block<R, T> block(p, blockIdx.x / p.a.kv_heads, blockIdx.x % p.a.kv_heads, blockIdx.y);
   block.run();
 }

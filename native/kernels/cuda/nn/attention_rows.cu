@@ -235,6 +235,7 @@ template <int V> struct Block {
 };
 
 template <int V> __global__ __launch_bounds__(threads, 2) void attend_rows_kernel(Attend p) {
+  wait_for_earlier();
   Block<V> block(p, blockIdx.x / p.a.kv_heads, blockIdx.x % p.a.kv_heads, int(blockIdx.y));
   block.run();
 }

@@ -28,6 +28,7 @@ struct TileWork {
 
 // 8 channels a thread.
 __global__ void split_queries_kernel(Attention a, int slices, unsigned char* out) {
+  wait_for_earlier();
   const int64_t i = global_thread(), piece = i % (slices * 8), head = i / (slices * 8), column = piece * 8;
   if (head >= a.batch.rows * a.heads) return;
   float4 x = make_float4(0, 0, 0, 0), y = x;
@@ -245,6 +246,7 @@ template <int V> struct Tile {
 
 // Blocks: (row tiles, those with the most keys first), (kv head, part of the values, split), sequence.
 template <int V> __global__ __launch_bounds__(threads, 1) void attend_tiles_kernel(TileWork w) {
+  wait_for_earlier();
   const int tile = int(gridDim.x - 1 - blockIdx.x), kv_heads = int(w.p.a.kv_heads), rest = int(blockIdx.y) / kv_heads;
   if (int64_t(tile) * row_tile >= int64_t(w.p.a.batch.length[blockIdx.z]) * w.p.heads_per_kv) return;
   Tile<V> t(w, blockIdx.z, int(blockIdx.y) % kv_heads, rest / w.parts, tile, rest % w.parts);

@@ -27,6 +27,7 @@ template <bool warp> __device__ __forceinline__ double row_sum(double v, double*
 }
 
 template <bool layer, bool warp, int V> __global__ void norm_kernel(Norm a) {
+  wait_for_earlier();
   __shared__ double shared[33];
   const int lanes = warp ? 32 : int(blockDim.x), lane = int(threadIdx.x) % lanes;
   const int64_t row = warp ? global_thread() / 32 : int64_t(blockIdx.x), step = int64_t(lanes) * V;

@@ -5,6 +5,7 @@ namespace eac::cuda {
 namespace {
 
 __global__ void embed_kernel(Embed e) {
+  wait_for_earlier();
   const int64_t i = global_thread();
   if (i >= e.rows * e.width) return;
   const int64_t row = e.ids[i / e.width];
@@ -12,21 +13,25 @@ __global__ void embed_kernel(Embed e) {
 }
 
 __global__ void glu_kernel(Glu g) {
+  wait_for_earlier();
   const int64_t i = global_thread();
   if (i < g.n) g.gate[i] = glu_value(g.activation, g.gate[i], g.up[i]);
 }
 
 __global__ void scale_kernel(Scale s) {
+  wait_for_earlier();
   const int64_t i = global_thread();
   if (i < s.n) s.x[i] *= s.scale;
 }
 
 __global__ void add_scaled_kernel(AddScaled a) {
+  wait_for_earlier();
   const int64_t i = global_thread();
   if (i < a.n) a.out[i] += a.scale * a.x[i];
 }
 
 __global__ void columns_kernel(Columns c) {
+  wait_for_earlier();
   const int64_t i = global_thread();
   if (i >= c.rows * c.heads * c.count) return;
   const int64_t head = i / c.count, column = i % c.count;  // head: of all rows
@@ -34,6 +39,7 @@ __global__ void columns_kernel(Columns c) {
 }
 
 __global__ void last_rows_kernel(LastRows l) {
+  wait_for_earlier();
   const int64_t i = global_thread();
   if (i >= l.batch.sequences * l.width) return;
   const int64_t s = i / l.width, row = l.batch.begin[s] + l.batch.length[s] - 1;
@@ -41,6 +47,7 @@ __global__ void last_rows_kernel(LastRows l) {
 }
 
 __global__ void gather_rows_kernel(GatherRows g) {
+  wait_for_earlier();
   const int64_t i = global_thread();
   if (i < g.rows * g.width) g.out[i] = g.x[int64_t(g.indices[i / g.width]) * g.width + i % g.width];
 }

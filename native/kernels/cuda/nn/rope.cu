@@ -6,6 +6,7 @@ namespace eac::cuda {
 namespace {
 
 __global__ void rope_kernel(Rope r, int64_t heads, int64_t heads_per_thread) {
+  wait_for_earlier();
   const int64_t thread = global_thread(), row = thread / r.pairs, i = thread % r.pairs;
   if (row >= r.batch.rows) return;
   const int64_t first = int64_t(blockIdx.y) * heads_per_thread, s = r.batch.sequence[row], begin = r.batch.begin[s];

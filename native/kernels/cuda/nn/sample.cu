@@ -100,6 +100,7 @@ __device__ Mass sum_before(Mass v, Mass* all) {
 }
 
 __global__ void largest_kernel(Job j) {
+  wait_for_earlier();
   __shared__ Mass warps[threads / 32];
   Progress& p = j.rows[blockIdx.y];
   const bool greedy = j.s.temperature <= 0;
@@ -164,6 +165,7 @@ __device__ void conclude(const Job& j, Progress& p, Search search) {
 
 // launch: among the launches of the row; next: the search that follows this one, or this one.
 __global__ void search_kernel(Job j, Search search, int level, int launch, Search next) {
+  wait_for_earlier();
   __shared__ uint32_t number[bins], low[bins], high[bins];
   Progress& p = j.rows[blockIdx.y];
   Histogram& h = level == 0 ? p.first : p.rest[2 * search + level - 1];
@@ -197,6 +199,7 @@ __global__ void search_kernel(Job j, Search search, int level, int launch, Searc
 
 // The index-th id among those with the drawn key.
 __global__ void find_kernel(Job j, int launch) {
+  wait_for_earlier();
   Progress& p = j.rows[blockIdx.y];
   const uint32_t key = p.prefix;
   uint32_t* matches = j.matches + int64_t(blockIdx.y) * gridDim.x;

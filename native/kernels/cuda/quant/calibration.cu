@@ -4,6 +4,7 @@ namespace eac::cuda {
 namespace {
 
 __global__ void find_non_finite_kernel(const float* x, int64_t n, int32_t bit, int32_t* findings) {
+  wait_for_earlier();
   const int64_t i = global_thread();
   if (i < n && !is_finite(x[i])) atomicOr(findings, bit);
 }

@@ -20,6 +20,7 @@ enum Finding : int32_t { not_finite = 1, not_positive = 2 };
 
 // One block: what is added to the diagonal.
 __global__ __launch_bounds__(1024) void damping_kernel(const float* h, int64_t n, double damping, double* added) {
+  wait_for_earlier();
   __shared__ double shared[33];
   double sum = 0;
   for (int64_t i = threadIdx.x; i < n; i += blockDim.x) sum += double(h[i * (n + 1)]);
@@ -28,12 +29,14 @@ __global__ __launch_bounds__(1024) void damping_kernel(const float* h, int64_t n
 }
 
 __global__ void diagonal_kernel(const float* h, int64_t n, const double* added, float* diagonal) {
+  wait_for_earlier();
   const int64_t i = global_thread();
   if (i < n) diagonal[i] = float(double(h[i * (n + 1)]) + *added);
 }
 
 // order[place] = channel, by falling diagonal, the smaller channel first among equals. NaN, which fails anyway, counts as 0: places stay distinct.
 __global__ __launch_bounds__(256) void order_kernel(const float* diagonal, int64_t n, bool act_order, int32_t* order) {
+  wait_for_earlier();
   __shared__ float part[256];
   const int64_t i = global_thread();
   const auto key = [&](int64_t j) { return is_finite(diagonal[j]) ? diagonal[j] : 0.f; };
@@ -51,6 +54,7 @@ __global__ __launch_bounds__(256) void order_kernel(const float* diagonal, int64
 
 // The lower triangle of J H J with its damping, up to the end of the diagonal tile; size: padded.
 __global__ void gather_kernel(Factor f, const double* added, double* a, int64_t size) {
+  wait_for_earlier();
   const int64_t i = blockIdx.y, j = global_thread(), n = f.n;
   if (j >= (i / tile + 1) * tile) return;
   double v = i == j ? 1 : 0;
@@ -63,6 +67,7 @@ __global__ void gather_kernel(Factor f, const double* added, double* a, int64_t 
 
 // inverse (64 × 64) = L^-1 of the diagonal block a = L L^T, zeros above the diagonal. One block of 256 threads; shared: two tiles.
 __global__ __launch_bounds__(256) void diagonal_block_kernel(const double* a, int64_t lda, double* inverse, int32_t* flag) {
+  wait_for_earlier();
   constexpr int stride = tile + 1;
   double *l = dynamic_shared<double>(), *x = l + tile * stride;
   const int thread = threadIdx.x;
@@ -94,6 +99,7 @@ __global__ __launch_bounds__(256) void diagonal_block_kernel(const double* a, in
 
 // panel (rows × 64) = the columns of L below a diagonal block, which itself becomes its inverse. a: at the block.
 __global__ void take_panel_kernel(double* a, int64_t lda, int64_t rows, const double* inverse, double* panel) {
+  wait_for_earlier();
   const int64_t i = global_thread(), r = i / tile, c = i % tile;
   if (r < tile)
     a[r * lda + c] = inverse[i];
@@ -103,6 +109,7 @@ __global__ void take_panel_kernel(double* a, int64_t lda, int64_t rows, const do
 
 // u = J L^-1 J as f32, zeros below the diagonal.
 __global__ void upper_kernel(const double* l, int64_t size, int64_t n, float* u) {
+  wait_for_earlier();
   const int64_t i = blockIdx.y, j = global_thread();
   if (j < n) u[i * n + j] = j >= i ? float(l[(n - 1 - i) * size + n - 1 - j]) : 0.f;
 }

@@ -154,6 +154,7 @@ __device__ __forceinline__ void store_rows(const Block& b, int64_t row0, const R
 }
 
 __global__ __launch_bounds__(warps * 32) void solve_block_kernel(Block b) {
+  wait_for_earlier();
   float* u = dynamic_shared<float>();
   float* staged = u + widest * widest + threadIdx.x / 32 * rows_a_warp * widest;
   const int64_t row0 = (int64_t(blockIdx.x) * warps + threadIdx.x / 32) * rows_a_warp;
@@ -167,6 +168,7 @@ __global__ __launch_bounds__(warps * 32) void solve_block_kernel(Block b) {
 
 // out[r, i] = w[r, order[i]]
 __global__ void order_weights_kernel(const float* w, Quantize q, float* out) {
+  wait_for_earlier();
   const int64_t i = global_thread();
   if (i < q.rows * q.cols) out[i] = w[i / q.cols * q.cols + q.order[i % q.cols]];
 }

@@ -9,6 +9,7 @@ namespace {
 
 // The upper triangle from the lower one, 32 × 32 at a time.
 __global__ __launch_bounds__(256) void mirror_kernel(float* h, int64_t n) {
+  wait_for_earlier();
   __shared__ float part[32][33];
   int64_t row, column;
   lower_tile(blockIdx.x, row, column);
@@ -23,12 +24,14 @@ __global__ __launch_bounds__(256) void mirror_kernel(float* h, int64_t n) {
 
 // out[r, i] = x[r, order[i]]
 __global__ void order_columns_kernel(const float* x, const int32_t* order, int64_t rows, int64_t n, float* out) {
+  wait_for_earlier();
   const int64_t i = global_thread();
   if (i < rows * n) out[i] = x[i / n * n + order[i % n]];
 }
 
 // out[r, order[i]] = w + beta z[r, i]
 __global__ void target_kernel(TwoStream t, const float* z) {
+  wait_for_earlier();
   const int64_t i = global_thread();
   if (i >= t.rows * t.n) return;
   const int64_t at = i / t.n * t.n + t.order[i % t.n];

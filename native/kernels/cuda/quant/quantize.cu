@@ -7,12 +7,14 @@ namespace eac::cuda {
 namespace {
 
 __global__ void load_weights_kernel(Quantize q, float* w) {
+  wait_for_earlier();
   const int64_t i = global_thread();
   if (i < q.rows * q.cols) w[i] = load_float(q.storage, q.w, i);
 }
 
 __global__ __launch_bounds__(256) void fit_groups_kernel(Quantize q, const float* w, int64_t groups, int64_t first, int64_t count,
                                                          uint8_t* codes) {
+  wait_for_earlier();
   const int64_t i = global_thread() / 32, row = i / count, g = first + i % count;
   if (row >= q.rows) return;
   const int64_t begin = g * q.group_size, n = min(q.group_size, q.cols - begin);

@@ -38,6 +38,7 @@ struct State {
 
 // m[t, e]: fewer than k targets of the token are larger, or as large with a smaller e.
 __global__ void window_kernel(CalibrateRouter a, uint8_t* mask) {
+  wait_for_earlier();
   const int64_t i = global_thread();
   if (i >= a.n * a.experts) return;
   const float* row = a.targets + i / a.experts * a.experts;
@@ -49,6 +50,7 @@ __global__ void window_kernel(CalibrateRouter a, uint8_t* mask) {
 
 // One warp a token: |x|^2.
 __global__ __launch_bounds__(threads) void norm_kernel(CalibrateRouter a, double* norm) {
+  wait_for_earlier();
   const int64_t t = global_thread() / 32;
   if (t >= a.n) return;
   double sum = 0;
@@ -59,12 +61,14 @@ __global__ __launch_bounds__(threads) void norm_kernel(CalibrateRouter a, double
 
 // s = m (s or, with targets, targets - s)
 __global__ void mask_kernel(CalibrateRouter a, const uint8_t* mask, bool miss, float* s) {
+  wait_for_earlier();
   const int64_t i = global_thread();
   if (i < a.n * a.experts) s[i] = mask[i] ? (miss ? a.targets[i] - s[i] : s[i]) : 0.f;
 }
 
 // Sums of squares: a part a block, then one block over these.
 __global__ __launch_bounds__(threads) void squares_kernel(const float* s, int64_t n, double* partial) {
+  wait_for_earlier();
   __shared__ double shared[33];
   double sum = 0;
   for (int64_t i = global_thread(); i < n; i += int64_t(gridDim.x) * threads) sum += double(s[i]) * s[i];
@@ -72,6 +76,7 @@ __global__ __launch_bounds__(threads) void squares_kernel(const float* s, int64_
   if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 __global__ __launch_bounds__(threads) void add_kernel(double* partial, int64_t n) {
+  wait_for_earlier();
   __shared__ double shared[33];
   double sum = 0;
   for (int64_t i = threadIdx.x; i < n; i += threads) sum += partial[i];
@@ -81,6 +86,7 @@ __global__ __launch_bounds__(threads) void add_kernel(double* partial, int64_t n
 
 // One block a row from here on. The right-hand side lies in z.
 __global__ __launch_bounds__(threads) void start_kernel(CalibrateRouter a, State x) {
+  wait_for_earlier();
   __shared__ double shared[33];
   const int64_t e = blockIdx.x, first = e * a.width;
   double energy = 0, squares = 0;
@@ -100,6 +106,7 @@ __global__ __launch_bounds__(threads) void start_kernel(CalibrateRouter a, State
 
 // z = r over the norm of its right-hand side: a fixed scale that keeps f32 in range.
 __global__ void scale_rows_kernel(CalibrateRouter a, State x) {
+  wait_for_earlier();
   const int64_t i = global_thread();
   if (i >= a.experts * a.width) return;
   const int64_t e = i / a.width;
@@ -108,6 +115,7 @@ __global__ void scale_rows_kernel(CalibrateRouter a, State x) {
 
 // Keeps the best iterate, ends a row that has converged, and turns the search: p = z + (z . r) / (old z . r) p.
 __global__ __launch_bounds__(threads) void direct_kernel(CalibrateRouter a, State x) {
+  wait_for_earlier();
   __shared__ double shared[33];
   const int64_t e = blockIdx.x, begin = e * a.width, end = begin + a.width;
   const bool active = x.active[e];
@@ -133,6 +141,7 @@ __global__ __launch_bounds__(threads) void direct_kernel(CalibrateRouter a, Stat
 
 // One step along p; z holds G p without its ridge. A row whose curvature is lost to rounding ends.
 __global__ __launch_bounds__(threads) void step_kernel(CalibrateRouter a, State x) {
+  wait_for_earlier();
   __shared__ double shared[33];
   const int64_t e = blockIdx.x, begin = e * a.width, end = begin + a.width;
   if (!x.active[e]) return;
@@ -152,6 +161,7 @@ __global__ __launch_bounds__(threads) void step_kernel(CalibrateRouter a, State 
 }
 
 __global__ void correct_kernel(CalibrateRouter a, const double* best) {
+  wait_for_earlier();
   const int64_t i = global_thread();
   if (i < a.experts * a.width) a.out[i] = float(a.w[i] + best[i]);
 }

@@ -136,6 +136,7 @@ __device__ void sparse_mixer(const Row& w, float* weight, int32_t* index) {
 }
 
 __global__ void select_kernel(Selection s) {
+  wait_for_earlier();
   const Router& r = s.router;
   const int64_t row = global_thread() / 32;
   if (row >= s.rows) return;
@@ -158,6 +159,7 @@ __global__ void select_kernel(Selection s) {
 }
 
 __global__ void mask_kernel(Prune p) {
+  wait_for_earlier();
   const int64_t row = global_thread(), k = p.router.top_k;
   if (row >= p.batch.rows) return;
   const uint8_t* keep = p.keep + int64_t(p.batch.sequence[row]) * p.router.experts;
@@ -173,6 +175,7 @@ __global__ void mask_kernel(Prune p) {
 }
 
 __global__ void pesf_mask_kernel(PesfMask m) {
+  wait_for_earlier();
   const int64_t i = global_thread();
   if (i >= m.batch.sequences * m.experts) return;
   const int64_t tokens = m.batch.length[i / m.experts];

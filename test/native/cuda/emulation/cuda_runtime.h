@@ -146,6 +146,7 @@ inline float __frcp_rn(float x) { return 1 / x; }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline double rsqrt(double x) { return 1 / std::sqrt(x); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
@@ -156,7 +157,7 @@ template <class T> T __ldcs(const T* p) { return *p; }
 template <class A, class B> auto min(A a, B b) { return a < b ? a : b; }
 template <class A, class B> auto max(A a, B b) { return a > b ? a : b; }
 
-// Memory and streams.
+// Memory and streams. The next launch may overlap the last one.
 enum cudaError_t : int {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
@@ -234,15 +235,21 @@ inline cudaError_t cudaMalloc(void** p, size_t n) {
   return cudaSuccess;
 }
 template <class T> cudaError_t cudaMalloc(T** p, size_t n) { return cudaMalloc(reinterpret_cast<void**>(p), n); }
+inline cudaError_t finish_launches() {
+  const char* error = eac::emulation::finish();
+  if (error) eac::emulation::last_error = error;
+  return error ? cudaErrorLaunchFailure : cudaSuccess;
+}
 inline cudaError_t cudaFree(void* p) {
   if (!p) return cudaSuccess;
   eac::emulation::finish_streams();
+  const cudaError_t status = finish_launches();
   unsigned char* raw = static_cast<unsigned char*>(p) - 256;
   size_t n;
   std::memcpy(&n, raw, sizeof n);
   emulated_used -= n;
   std::free(raw);
-  return cudaSuccess;
+  return status;
 }
 inline cudaError_t cudaMallocHost(void** p, size_t n) {
   if (!(*p = std::malloc(n))) return cudaErrorMemoryAllocation;
@@ -250,8 +257,9 @@ inline cudaError_t cudaMallocHost(void** p, size_t n) {
 }
 inline cudaError_t cudaFreeHost(void* p) {
   eac::emulation::finish_streams();
+  const cudaError_t status = finish_launches();
   eac::emulation::note_pinned(p, 0);
-  return std::free(p), cudaSuccess;
+  return std::free(p), status;
 }
 // Given to the stream, or noted down while a graph is captured.
 inline cudaError_t queue(cudaStream_t stream, eac::emulation::Task work) {
@@ -259,27 +267,39 @@ inline cudaError_t queue(cudaStream_t stream, eac::emulation::Task work) {
   eac::emulation::capturing->push_back(std::move(work));
   return cudaSuccess;
 }
+inline eac::emulation::Task after_launches(std::function<void()> work) {
+  return [=] {
+    const cudaError_t status = finish_launches();
+    if (status == cudaSuccess) work();
+    return status;
+  };
+}
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind kind, cudaStream_t s) {
-  const auto copy = [=](const void* source) { return std::memcpy(to, source, n), cudaSuccess; };
+  const auto copy = [=](const void* source) { return after_launches([=] { std::memcpy(to, source, n); })(); };
   if (eac::emulation::capturing || kind != cudaMemcpyHostToDevice) return queue(s, [=] { return copy(from); });
   return eac::emulation::submit_copy(s, from, n, copy);
 }
 inline cudaError_t cudaMemsetAsync(void* p, int v, size_t n, cudaStream_t s) {
-  return queue(s, [=] { return std::memset(p, v, n), cudaSuccess; });
+  return queue(s, after_launches([=] { std::memset(p, v, n); }));
 }
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* s, unsigned) {
   return *s = eac::emulation::make_stream(), eac::emulation::lost() ? cudaErrorIllegalAddress : cudaSuccess;
 }
 // Not allowed while a graph is captured, as on the GPU.
 inline cudaError_t cudaStreamSynchronize(cudaStream_t s) {
-  return eac::emulation::capturing ? cudaErrorInvalidValue : eac::emulation::finish_stream(s);
+  if (eac::emulation::capturing) return cudaErrorInvalidValue;
+  const cudaError_t queued = eac::emulation::finish_stream(s), last = finish_launches();
+  return queued != cudaSuccess ? queued : last;
 }
-inline cudaError_t cudaStreamDestroy(cudaStream_t s) { return eac::emulation::finish_stream(s); }
+inline cudaError_t cudaStreamDestroy(cudaStream_t s) { return cudaStreamSynchronize(s); }
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned = 0) {
   return eac::emulation::wait_for(s, e), cudaSuccess;
 }
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* e, unsigned) { return *e = eac::emulation::make_event(), cudaSuccess; }
-inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) { return eac::emulation::record(e, s), cudaSuccess; }
+inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) {
+  const cudaError_t status = queue(s, finish_launches);
+  return eac::emulation::record(e, s), status;
+}
 inline cudaError_t cudaEventDestroy(cudaEvent_t e) { return eac::emulation::free_event(e), cudaSuccess; }
 // A graph is the list of what was queued meanwhile. One capture at a time.
 inline cudaError_t cudaStreamBeginCapture(cudaStream_t, int) {

@@ -24,7 +24,7 @@ namespace {
 constexpr size_t stack_bytes = 96 * 1024, slot_bytes = 64;
 constexpr size_t dynamic_offset = 128;  // of dynamic memory in a block's: aligned no better than a GPU promises
 
-enum class State { fresh, ready, at_warp, at_block, at_part, at_signal, ended };
+enum class State { fresh, ready, at_warp, at_block, at_part, at_signal, at_earlier, ended };
 
 struct Signal {
   uint16_t count, missing;
@@ -41,6 +41,7 @@ struct Copy {
   void* to;
   const void* from;
   size_t bytes;
+  std::vector<unsigned char> seen{};  // what was there when the thread began to wait for earlier launches
 };
 
 struct Fiber {
@@ -60,6 +61,7 @@ struct Fiber {
   int part = 0, part_threads = 0;    // at_part
   const uint64_t* signal = nullptr;  // at_signal
   int parity = 0;
+  bool waited = false;  // for earlier launches
 };
 
 struct Block {
@@ -76,19 +78,19 @@ struct Block {
   jmp_buf back;
   const std::function<void()>* body = nullptr;
   const char* error = nullptr;
-} block;
+  bool early = false, overlap = false;  // of the launch; see run()
+};
+Block* block = nullptr;  // that runs
 
-std::mutex one_launch;
-
-unsigned char* window() { return (unsigned char*)((uintptr_t(block.shared.data()) + 1023) / 1024 * 1024); }
+unsigned char* window() { return (unsigned char*)((uintptr_t(block->shared.data()) + 1023) / 1024 * 1024); }
 
 void finish(std::vector<Copy>& copies) {
   for (const Copy& c : copies) {
     if (c.from)
-      std::memcpy(c.to, c.from, c.bytes);
+      std::memcpy(c.to, c.seen.empty() ? c.from : c.seen.data(), c.bytes);
     else
       std::memset(c.to, 0, c.bytes);
-    block.current->arrived.push_back(c);
+    block->current->arrived.push_back(c);
   }
   copies.clear();
 }
@@ -100,20 +102,21 @@ bool passed(const uint64_t* signal, int parity) {
 }
 
 void enter() {
-  (*block.body)();
-  Fiber& f = *block.current;
+  (*block->body)();
+  Fiber& f = *block->current;
   finish(f.open);
   for (auto& g : f.groups) finish(g);
   f.groups.clear(), f.arrived.clear();
   if (!f.open_work.empty() || !f.work.empty()) fail("a thread ended before its products");
+  if (block->overlap && !f.waited) fail("a thread ended before it waited for earlier launches");
   f.open_work.clear(), f.work.clear(), f.registers.clear();
   f.state = State::ended;
-  _longjmp(block.back, 1);
+  _longjmp(block->back, 1);
 }
 
 void resume(Fiber& f) {
-  block.current = &f;
-  if (_setjmp(block.back)) return;
+  block->current = &f;
+  if (_setjmp(block->back)) return;
   if (f.state == State::fresh) {
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.get();
@@ -127,9 +130,9 @@ void resume(Fiber& f) {
 }
 
 void wait(State state) {
-  Fiber& f = *block.current;
+  Fiber& f = *block->current;
   f.state = state;
-  if (!_setjmp(f.at)) _longjmp(block.back, 1);
+  if (!_setjmp(f.at)) _longjmp(block->back, 1);
 }
 
 // In which order fibers run between barriers: a kernel that lacks a barrier gives other results in another order.
@@ -145,14 +148,14 @@ std::vector<int> order(int n) {
 // Lets the warp's fibers go on if all of them wait for each other.
 bool release_warp(int w) {
   int waiting = 0, live = 0;
-  const int end = std::min(w + 32, block.count);
+  const int end = std::min(w + 32, block->count);
   for (int i = w; i < end; i++) {
-    waiting += block.fibers[size_t(i)]->state == State::at_warp;
-    live += block.fibers[size_t(i)]->state != State::ended;
+    waiting += block->fibers[size_t(i)]->state == State::at_warp;
+    live += block->fibers[size_t(i)]->state != State::ended;
   }
   if (waiting == 0 || waiting < live) return false;
   for (int i = w; i < end; i++)
-    if (block.fibers[size_t(i)]->state == State::at_warp) block.fibers[size_t(i)]->state = State::ready;
+    if (block->fibers[size_t(i)]->state == State::at_warp) block->fibers[size_t(i)]->state = State::ready;
   return true;
 }
 
@@ -166,11 +169,11 @@ bool run_ready(Fiber& f) {
 // Each warp as far as it comes before the next one starts: what lacks a barrier of the block then reads too early.
 bool run_warps(bool backwards) {
   bool ran = false;
-  const int warps = (block.count + 31) / 32;
+  const int warps = (block->count + 31) / 32;
   for (int w = 0; w < warps; w++) {
     const int first = 32 * (backwards ? warps - 1 - w : w);
     do {
-      for (int i = first; i < std::min(first + 32, block.count); i++) ran |= run_ready(*block.fibers[size_t(i)]);
+      for (int i = first; i < std::min(first + 32, block->count); i++) ran |= run_ready(*block->fibers[size_t(i)]);
     } while (release_warp(first));
   }
   return ran;
@@ -178,21 +181,21 @@ bool run_warps(bool backwards) {
 
 bool run_all(const std::vector<int>& sequence) {
   bool ran = false;
-  for (int i : sequence) ran |= run_ready(*block.fibers[size_t(i)]);
-  for (int w = 0; w < block.count; w += 32) ran |= release_warp(w);
+  for (int i : sequence) ran |= run_ready(*block->fibers[size_t(i)]);
+  for (int w = 0; w < block->count; w += 32) ran |= release_warp(w);
   return ran;
 }
 
 // Barriers of some of the block's threads.
 bool release_parts() {
   bool released = false;
-  for (int i = 0; i < block.count; i++) {
-    const Fiber& first = *block.fibers[size_t(i)];
+  for (int i = 0; i < block->count; i++) {
+    const Fiber& first = *block->fibers[size_t(i)];
     if (first.state != State::at_part) continue;
     const int part = first.part, threads = first.part_threads;
     std::vector<Fiber*> there;
-    for (int j = i; j < block.count; j++)
-      if (Fiber& f = *block.fibers[size_t(j)]; f.state == State::at_part && f.part == part) there.push_back(&f);
+    for (int j = i; j < block->count; j++)
+      if (Fiber& f = *block->fibers[size_t(j)]; f.state == State::at_part && f.part == part) there.push_back(&f);
     if (int(there.size()) < threads) continue;
     for (Fiber* f : there) f->state = State::ready;
     released = true;
@@ -206,20 +209,21 @@ void run_block(const std::vector<int>& sequence) {
   for (;;) {
     bool ran = forwards || backwards ? run_warps(backwards) : run_all(sequence);
     ran |= release_parts();
-    if (block.error) return;
-    int waiting = 0, live = 0;
-    for (int i = 0; i < block.count; i++) {
-      waiting += block.fibers[size_t(i)]->state == State::at_block;
-      live += block.fibers[size_t(i)]->state != State::ended;
+    if (block->error) return;
+    int waiting = 0, live = 0, held = 0;
+    for (int i = 0; i < block->count; i++) {
+      waiting += block->fibers[size_t(i)]->state == State::at_block;
+      held += block->fibers[size_t(i)]->state == State::at_earlier;
+      live += block->fibers[size_t(i)]->state != State::ended;
     }
-    if (live == 0) return;
+    if (live == held) return;
     if (waiting == live) {
-      for (int i = 0; i < block.count; i++)
-        if (block.fibers[size_t(i)]->state == State::at_block) block.fibers[size_t(i)]->state = State::ready;
+      for (int i = 0; i < block->count; i++)
+        if (block->fibers[size_t(i)]->state == State::at_block) block->fibers[size_t(i)]->state = State::ready;
       continue;
     }
     if (!ran) {
-      block.error = "threads wait at different barriers for ever";
+      block->error = "threads wait at different barriers for ever";
       return;
     }
   }
@@ -227,25 +231,39 @@ void run_block(const std::vector<int>& sequence) {
 
 }  // namespace
 
-Index thread_index() { return block.current->index; }
-Index block_index() { return block.index; }
-Size block_size() { return block.size; }
-Size grid_size() { return block.grid; }
+Index thread_index() { return block->current->index; }
+Index block_index() { return block->index; }
+Size block_size() { return block->size; }
+Size grid_size() { return block->grid; }
 unsigned char* dynamic_memory() { return window() + dynamic_offset; }
 uint32_t shared_address(const void* p) { return uint32_t(static_cast<const unsigned char*>(p) - window()); }
+void* shared_pointer(uint32_t address) { return window() + address; }
 const unsigned char* published(uint32_t address) {
-  return block.published.data() + std::min<size_t>(address, block.published.size() - 16);
+  return block->published.data() + std::min<size_t>(address, block->published.size() - 16);
 }
 void barrier_block() { wait(State::at_block); }
 void barrier_warp() { wait(State::at_warp); }
 void barrier_of(int number, int threads) {
-  block.current->part = number, block.current->part_threads = threads;
+  block->current->part = number, block->current->part_threads = threads;
   wait(State::at_part);
 }
-int lane() { return block.current->number % 32; }
+int lane() { return block->current->number % 32; }
+void wait_for_earlier() {
+  Fiber& f = *block->current;
+  f.waited = true;
+  if (!block->early) return;
+  // Copies under way may have read already.
+  const auto see = [](std::vector<Copy>& copies) {
+    for (Copy& c : copies)
+      if (const auto* from = static_cast<const unsigned char*>(c.from)) c.seen.assign(from, from + c.bytes);
+  };
+  see(f.open);
+  for (auto& group : f.groups) see(group);
+  wait(State::at_earlier);
+}
 
 void signal_create(uint64_t* signal, int count) {
-  block.hopper = true;
+  block->hopper = true;
   const Signal s{uint16_t(count), uint16_t(count), 0};
   std::memcpy(signal, &s, sizeof s);
 }
@@ -257,20 +275,20 @@ void signal_arrive(uint64_t* signal) {
 }
 void signal_wait(uint64_t* signal, int parity) {
   if (passed(signal, parity)) return;
-  block.current->signal = signal, block.current->parity = parity;
+  block->current->signal = signal, block->current->parity = parity;
   wait(State::at_signal);
 }
 
 uint32_t live_lanes() {
   uint32_t live = 0;
-  const int first = block.current->number / 32 * 32;
-  for (int i = first; i < std::min(first + 32, block.count); i++)
-    if (block.fibers[size_t(i)]->state != State::ended) live |= 1u << (i - first);
+  const int first = block->current->number / 32 * 32;
+  for (int i = first; i < std::min(first + 32, block->count); i++)
+    if (block->fibers[size_t(i)]->state != State::ended) live |= 1u << (i - first);
   return live;
 }
 
 const unsigned char* exchange(const void* mine, size_t size) {
-  unsigned char* warp = block.slots.data() + size_t(block.current->number / 32) * 32 * slot_bytes;
+  unsigned char* warp = block->slots.data() + size_t(block->current->number / 32) * 32 * slot_bytes;
   std::memcpy(warp + size_t(lane()) * slot_bytes, mine, size);
   barrier_warp();
   return warp;
@@ -279,15 +297,15 @@ void leave_exchange() { barrier_warp(); }
 
 void queue_copy(void* to, const void* from, size_t bytes) {
   std::memset(to, 0xff, bytes);  // NaN until it is waited for
-  block.current->open.push_back({to, from, bytes});
+  block->current->open.push_back({to, from, bytes});
 }
 void commit_copies() {
-  Fiber& f = *block.current;
+  Fiber& f = *block->current;
   f.groups.push_back(std::move(f.open));
   f.open.clear();
 }
 void wait_copies(int groups) {
-  Fiber& f = *block.current;
+  Fiber& f = *block->current;
   while (int(f.groups.size()) > groups) {
     finish(f.groups.front());
     f.groups.erase(f.groups.begin());
@@ -295,24 +313,24 @@ void wait_copies(int groups) {
 }
 
 void publish_shared() {
-  for (const Copy& c : block.current->arrived) std::memcpy(block.published.data() + shared_address(c.to), c.to, c.bytes);
-  block.current->arrived.clear();
+  for (const Copy& c : block->current->arrived) std::memcpy(block->published.data() + shared_address(c.to), c.to, c.bytes);
+  block->current->arrived.clear();
 }
 
 void queue_work(float* registers, int n, Work work) {
-  Fiber& f = *block.current;
+  Fiber& f = *block->current;
   if (!f.fenced) fail("a product before its fence");
   f.registers.try_emplace(registers, registers, registers + n);
   std::fill(registers, registers + n, NAN);
   f.open_work.push_back({registers, std::move(work)});
 }
 void commit_work() {
-  Fiber& f = *block.current;
+  Fiber& f = *block->current;
   f.work.push_back(std::move(f.open_work));
   f.open_work.clear();
 }
 void wait_work(int groups) {
-  Fiber& f = *block.current;
+  Fiber& f = *block->current;
   std::map<float*, int> left;
   for (const auto& group : f.work)
     for (const Queued& q : group) left[q.registers]++;
@@ -329,37 +347,99 @@ void wait_work(int groups) {
   }
   f.fenced = false;
 }
-void fence_work() { block.current->fenced = true; }
+void fence_work() { block->current->fenced = true; }
 void fail(const char* why) {
-  if (!block.error) block.error = why;
+  if (!block->error) block->error = why;
 }
 
-const char* run(Size grid, Size size, size_t shared, const std::function<void()>& body) {
+namespace {
+
+std::mutex one_launch;
+
+struct Launch {
+  Size grid, size;
+  size_t shared;
+  bool overlap;
+  std::function<void()> body;
+  std::map<uint64_t, std::unique_ptr<Block>> begun;  // blocks that wait for earlier launches
+  uint64_t blocks() const { return uint64_t(grid.x) * grid.y * grid.z; }
+};
+std::unique_ptr<Launch> last;                // begun, not finished
+std::vector<std::unique_ptr<Block>> unused;  // with their fibers
+
+std::unique_ptr<Block> make_block(const Launch& l, uint64_t number, bool early) {
+  if (unused.empty()) unused.push_back(std::make_unique<Block>());
+  std::unique_ptr<Block> b = std::move(unused.back());
+  unused.pop_back();
+  const Size size = l.size;
+  b->grid = l.grid, b->size = size, b->count = int(size.x * size.y * size.z), b->body = &l.body, b->error = nullptr;
+  b->hopper = false, b->early = early, b->overlap = l.overlap;
+  b->index = {unsigned(number % l.grid.x), unsigned(number / l.grid.x % l.grid.y), unsigned(number / l.grid.x / l.grid.y)};
+  while (b->fibers.size() < size_t(b->count)) b->fibers.push_back(std::make_unique<Fiber>());
+  b->slots.resize(size_t(b->count + 31) / 32 * 32 * slot_bytes);
+  b->shared.assign(dynamic_offset + l.shared + 1024, 0xff);
+  b->published.assign(dynamic_offset + l.shared, 0xff);
+  for (int i = 0; i < b->count; i++) {
+    Fiber& f = *b->fibers[size_t(i)];
+    f.state = State::fresh, f.number = i, f.waited = false;
+    f.index = {unsigned(i) % size.x, unsigned(i) / size.x % size.y, unsigned(i) / (size.x * size.y)};
+  }
+  return b;
+}
+
+// Up to where it ends, or its threads wait for earlier launches.
+const char* run_made(Block& b) {
+  block = &b;
+  run_block(order(b.count));
+  return b.error;
+}
+
+const char* finish_launch(Launch& l) {
+  const char* error = nullptr;
+  bool hopper = false;
+  for (uint64_t i = 0; i < l.blocks() && !error; i++) {
+    std::unique_ptr<Block> b;
+    if (const auto begun = l.begun.find(i); begun != l.begun.end()) {
+      b = std::move(begun->second);
+      b->early = false;
+      for (int t = 0; t < b->count; t++)
+        if (b->fibers[size_t(t)]->state == State::at_earlier) b->fibers[size_t(t)]->state = State::ready;
+    } else {
+      b = make_block(l, i, false);
+    }
+    error = run_made(*b);
+    hopper |= b->hopper;
+    if (!error) unused.push_back(std::move(b));  // after an error its threads have not ended
+  }
+  if (!error && l.shared > 96 * 1024 && !hopper) error = "more than 96 KB of shared memory, which some GPUs lack";
+  return error;
+}
+
+const char* finish_last() {
+  const std::unique_ptr<Launch> l = std::move(last);
+  return l ? finish_launch(*l) : nullptr;
+}
+
+}  // namespace
+
+const char* finish() {
+  const std::lock_guard lock(one_launch);
+  return finish_last();
+}
+
+const char* run(Size grid, Size size, size_t shared, bool overlap, std::function<void()> body) {
   const std::lock_guard lock(one_launch);
   const size_t threads = size_t(size.x) * size.y * size.z;
   if (threads < 1 || threads > 1024 || size.z > 64) return "more threads a block than there may be";
   if (grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu) return "more blocks than there may be";
   if (shared > 227 * 1024) return "more shared memory than there is";
-  block.grid = grid, block.size = size, block.count = int(threads), block.body = &body, block.error = nullptr;
-  block.hopper = false;
-  while (block.fibers.size() < threads) block.fibers.push_back(std::make_unique<Fiber>());
-  block.slots.resize((threads + 31) / 32 * 32 * slot_bytes);
-  const std::vector<int> sequence = order(block.count);
-  for (unsigned z = 0; z < grid.z; z++)
-    for (unsigned y = 0; y < grid.y; y++)
-      for (unsigned x = 0; x < grid.x && !block.error; x++) {
-        block.index = {x, y, z};
-        block.shared.assign(dynamic_offset + shared + 1024, 0xff);
-        block.published.assign(dynamic_offset + shared, 0xff);
-        for (int i = 0; i < block.count; i++) {
-          Fiber& f = *block.fibers[size_t(i)];
-          f.state = State::fresh, f.number = i;
-          f.index = {unsigned(i) % size.x, unsigned(i) / size.x % size.y, unsigned(i) / (size.x * size.y)};
-        }
-        run_block(sequence);
-      }
-  if (shared > 96 * 1024 && !block.hopper) fail("more than 96 KB of shared memory, which some GPUs lack");
-  return block.error;
+  auto next = std::make_unique<Launch>(grid, size, shared, overlap, std::move(body));
+  const char* error = nullptr;
+  for (const uint64_t i : {uint64_t(0), next->blocks() / 2, next->blocks() - 1})
+    if (overlap && !error && !next->begun.contains(i)) error = run_made(*(next->begun[i] = make_block(*next, i, true)));
+  if (const char* earlier = finish_last()) error = earlier;
+  last = std::move(next);
+  return !error && !overlap ? finish_last() : error;
 }
 
 }  // namespace eac::emulation

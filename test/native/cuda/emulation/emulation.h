@@ -1,5 +1,5 @@
 // Runs the CUDA kernels on the CPU, so that their logic is tested where no GPU is: every thread of a block is a fiber, blocks run one after
-// the other. It shows wrong indices, missing barriers (fibers run in several orders, see EAC_EMULATION_ORDER), reads of memory that nothing wrote
+// the other, but some of a launch before those of the launch before, up to where they wait for it. It shows wrong indices, missing barriers (fibers run in several orders, see EAC_EMULATION_ORDER), reads of memory that nothing wrote
 // (allocations are poisoned with NaN), copies and products that were not waited for or not published. It shows nothing about speed or the rest of
 // the memory model.
 #pragma once
@@ -24,6 +24,7 @@ Size block_size();
 Size grid_size();
 unsigned char* dynamic_memory();
 uint32_t shared_address(const void* p);
+void* shared_pointer(uint32_t address);
 // What publish_shared() has shown to the tensor cores, at a shared_address().
 const unsigned char* published(uint32_t address);
 
@@ -34,6 +35,7 @@ void barrier_of(int number, int threads);
 void signal_create(uint64_t* signal, int count);
 void signal_arrive(uint64_t* signal);
 void signal_wait(uint64_t* signal, int parity);
+void wait_for_earlier();
 // Every lane of a warp gives `size` <= 64 bytes; returns the array of what the 32 lanes gave (stride 64), valid until leave_exchange().
 const unsigned char* exchange(const void* mine, size_t size);
 void leave_exchange();
@@ -57,7 +59,9 @@ void fence_work();
 // The launch fails with this text.
 void fail(const char* why);
 
-// Runs body once a thread of every block. Returns an error text, or null.
-const char* run(Size grid, Size block, size_t shared, const std::function<void()>& body);
+// Runs body once a thread of every block. Returns an error text, or null. overlap: the launch may begin before the one before it has
+// finished; then its last blocks run when something else is queued, or by finish().
+const char* run(Size grid, Size block, size_t shared, bool overlap, std::function<void()> body);
+const char* finish();
 
 }  // namespace eac::emulation

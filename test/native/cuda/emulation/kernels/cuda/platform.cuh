@@ -11,13 +11,15 @@ struct Grid {
   size_t shared = 0;
 };
 
-template <auto kernel, class... Args> cudaError_t launch_kernel(cudaStream_t stream, const Grid& grid, Args... args) {
+template <auto kernel, class... Args>
+cudaError_t launch_kernel(cudaStream_t stream, const Grid& grid, bool overlap, Args... args) {
   return queue(stream, [=] {
-    const char* error = emulation::run(grid.blocks, grid.threads, grid.shared, [&] { kernel(args...); });
+    const char* error = emulation::run(grid.blocks, grid.threads, grid.shared, overlap, [=] { kernel(args...); });
     if (error) emulation::last_error = error;
     return error ? cudaErrorLaunchFailure : cudaSuccess;
   });
 }
+inline void wait_for_earlier() { emulation::wait_for_earlier(); }
 
 template <class T> T* dynamic_shared() { return reinterpret_cast<T*>(emulation::dynamic_memory()); }
 
@@ -89,6 +91,9 @@ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) { emulat
 inline void copy_async(void* shared, const void* global, bool valid = true) {
   emulation::queue_copy(shared, valid ? global : nullptr, 16);
 }
+inline void copy_async(uint32_t shared, const void* global) {
+  emulation::queue_copy(emulation::shared_pointer(shared), global, 16);
+}
 inline void copy_commit() { emulation::commit_copies(); }
 template <int n> void copy_wait() { emulation::wait_copies(n); }
 
@@ -97,8 +102,9 @@ inline uint2 load_once(const uint2* p) { return *p; }
 inline uint32_t load_once(const uint32_t* p) { return *p; }
 
 inline uint32_t shared_address(const void* p) { return emulation::shared_address(p); }
+inline uint32_t fixed(uint32_t v) { return v; }
 
-inline constexpr bool has_wgmma = true;
+inline constexpr bool on_hopper = true;
 inline void signal_create(uint64_t* signal, int count) { emulation::signal_create(signal, count); }
 inline void signal_arrive(uint64_t* signal) { emulation::signal_arrive(signal); }
 inline void signal_wait(uint64_t* signal, int parity) { emulation::signal_wait(signal, parity); }
