@@ -187,7 +187,7 @@ export class MoeModel {
   /**
    * Runs token ids through the model.
    *
-   * @throws EacMoeError INVALID_ARGUMENT for an empty list or ids outside the vocabulary, ABORTED
+   * @throws EacMoeError INVALID_ARGUMENT for an empty list, ids outside the vocabulary or a cache that another run is at, ABORTED
    */
   async forward(ids: ArrayLike<number>, options: ForwardOptions = {}): Promise<ForwardResult> {
     const { decoder } = this.#live();
