@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <mutex>
 
 namespace eac::cuda {
 
@@ -19,13 +20,25 @@ inline constexpr bool on_hopper = true;
 inline constexpr bool on_hopper = false;
 #endif
 
-// kernel<<<>>>(args...), with more than 48 KB of shared memory where it asks for it. Limit for every architecture: 96 KB; of Hopper's kernels 227 KB.
+// Lets the kernel have `bytes` of dynamic shared memory. What it declares besides counts, too, so a launch asks from below the 48 KB that all may have.
+// Kernels keep the most that a launch has asked for: another thread may be launching with more than this one wants.
+template <auto kernel> cudaError_t allow_shared(size_t bytes) {
+  static std::mutex mutex;
+  static size_t most = 0;
+  const std::lock_guard lock(mutex);
+  const size_t all = bytes > most ? bytes : most;
+  const cudaError_t status =
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(all));
+  if (status == cudaSuccess) most = all;
+  return status;
+}
+
+// kernel<<<>>>(args...). Limit of shared memory for every architecture: 96 KB, and up to 1 KB declared; of Hopper's kernels 227 KB together.
 // overlap: it may start while the launch before it runs; see wait_for_earlier().
 template <auto kernel, class... Args>
 cudaError_t launch_kernel(cudaStream_t stream, const Grid& grid, bool overlap, Args... args) {
-  if (grid.shared > 48 * 1024) {
-    const cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared));
+  if (grid.shared > 32 * 1024) {
+    const cudaError_t status = allow_shared<kernel>(grid.shared);
     if (status != cudaSuccess) return status;
   }
   cudaLaunchAttribute attribute{};

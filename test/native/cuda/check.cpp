@@ -1,19 +1,17 @@
-// Runs every operation of the CUDA library against the scalar references of the CPU kernels on random shapes, then (--time) measures them.
-// Exits non-zero on any mismatch. scripts/cuda/check builds and runs it.
+// Runs every operation of the CUDA library against the scalar references of the CPU kernels on random shapes, then (--time, --time-only) measures them.
+// Exits non-zero on any mismatch. scripts/cuda/check builds and runs it; --loads: see timing.h.
 #include "cuda/check.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
 #include <stdexcept>
+
+#include "cuda/timing.h"
 
 namespace eac::cuda::check {
 namespace {
 
 int failures = 0, passed = 0;
-struct Limits {
-  double copy_bandwidth = 0, matrix_rate = 0;
-} limits;
 
 struct Entry {
   std::string name;
@@ -25,8 +23,6 @@ std::vector<Entry>& groups() {
   static std::vector<Entry> all;
   return all;
 }
-
-double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 }  // namespace
 
@@ -40,44 +36,25 @@ Device::Device() : table(*eac_moe_cuda()) {
 }
 Device::~Device() {
   table.close(context);
-  if (without_wgmma_) table.close(without_wgmma_);
+  if (before_hopper_) table.close(before_hopper_);
 }
 void Device::each_path(const std::function<void(const std::string& path)>& f) {
   f("");
   if (info.major != 9) return;
-  if (!without_wgmma_) {
-    setenv("EAC_MOE_CUDA_WGMMA", "0", 1);
-    (*this)(table.open(0, &without_wgmma_));
-    unsetenv("EAC_MOE_CUDA_WGMMA");
+  if (!before_hopper_) {
+    const char* const features[] = {"EAC_MOE_CUDA_WGMMA", "EAC_MOE_CUDA_OVERLAP"};
+    for (const char* f : features) setenv(f, "0", 1);
+    (*this)(table.open(0, &before_hopper_));
+    for (const char* f : features) unsetenv(f);
   }
   synchronize();  // the paths' streams do not wait for each other
-  std::swap(context, without_wgmma_);
-  f(", mma.sync");
+  std::swap(context, before_hopper_);
+  f(", before Hopper");
   synchronize();
-  std::swap(context, without_wgmma_);
+  std::swap(context, before_hopper_);
 }
 void Device::operator()(Status status) const {
   if (status != Status::ok) throw std::runtime_error(context ? table.error(context) : "the device could not be opened");
-}
-double Device::time(const std::function<void()>& f) const {
-  f();
-  synchronize();
-  const double once = [&] {
-    const double t = seconds();
-    f();
-    synchronize();
-    return seconds() - t;
-  }();
-  const int calls = std::clamp(int(0.02 / std::max(once, 1e-6)), 1, 2000);
-  std::vector<double> samples;
-  for (int s = 0; s < 7; s++) {
-    const double t = seconds();
-    for (int i = 0; i < calls; i++) f();
-    synchronize();
-    samples.push_back((seconds() - t) / calls);
-  }
-  std::nth_element(samples.begin(), samples.begin() + 3, samples.end());
-  return samples[3];
 }
 Device& device() {
   static Device d;
@@ -105,9 +82,10 @@ std::vector<float> normal(size_t n, unsigned seed, float scale) {
 }
 
 std::vector<float> repeated_normal(int64_t n, unsigned seed) {
-  const std::vector<float> some = normal(1000003, seed);
+  const std::vector<float> some = normal(size_t(std::min<int64_t>(n, 1000003)), seed);
   std::vector<float> v(static_cast<size_t>(n));
-  for (size_t i = 0; i < v.size(); i++) v[i] = some[i % some.size()];
+  for (size_t i = 0; i < v.size(); i += some.size())
+    std::copy_n(some.begin(), std::min(some.size(), v.size() - i), v.begin() + long(i));
   return v;
 }
 
@@ -129,37 +107,26 @@ void close(const std::string& name, const std::vector<float>& got, const std::ve
   report(name, got.size() == want.size() && worst <= tolerance, text);
 }
 
-void timed(const std::string& name, const Cost& cost, const std::function<void()>& f) {
-  const double t = device().time(f);
-  std::printf("%-80s %10.1f us", name.c_str(), t * 1e6);
-  if (cost.bytes > 0)
-    std::printf("  %7.0f GB/s (%3.0f %% of copy)", cost.bytes / t / 1e9, 100 * cost.bytes / t / limits.copy_bandwidth);
-  if (cost.operations > 0) {
-    std::printf("  %7.1f TFLOP/s", cost.operations / t / 1e12);
-    if (limits.matrix_rate > 0) std::printf(" (%3.0f %% of bf16)", 100 * cost.operations / t / limits.matrix_rate);
-  }
-  std::printf("\n");
-}
-
 namespace {
 
-void measure_limits() {
-  const size_t n = size_t(1) << 30;
-  const Buffer<char> from(n), to(n);
-  const double t = device().time([&] { device()(device().table.copy(device().context, to, from, n)); });
-  limits.copy_bandwidth = 2.0 * double(n) / t;
-  // The matrix rate comes from scripts/cuda/check, which asks PyTorch where it is installed.
-  if (const char* rate = std::getenv("EAC_MOE_MATRIX_RATE")) limits.matrix_rate = std::atof(rate);
-  std::printf("copy bandwidth %.0f GB/s, bf16 matrix rate %.0f TFLOP/s\n", limits.copy_bandwidth / 1e9,
-              limits.matrix_rate / 1e12);
+// An exception is a failure of its group; the others go on.
+void attempt(const std::string& name, void (*f)()) {
+  try {
+    f();
+    device().synchronize();
+  } catch (const std::exception& e) { report(name, false, e.what()); }
 }
 
 int main_of(int argc, char** argv) {
-  bool times = false;
+  bool checks = true, times = false;
   std::vector<std::string> only;
   for (int i = 1; i < argc; i++) {
     if (!std::strcmp(argv[i], "--time"))
       times = true;
+    else if (!std::strcmp(argv[i], "--time-only"))
+      times = true, checks = false;
+    else if (!std::strcmp(argv[i], "--loads"))
+      return print_loads(), 0;
     else
       only.push_back(argv[i]);
   }
@@ -167,26 +134,23 @@ int main_of(int argc, char** argv) {
   const auto wanted = [&](const Entry& g) { return only.empty() || std::count(only.begin(), only.end(), g.name) > 0; };
   std::printf("%s, compute capability %d.%d, %d multiprocessors, %.1f GB\n", device().info.name, device().info.major,
               device().info.minor, device().info.multiprocessors, double(device().info.total_memory) / 1e9);
-  for (const Entry& g : groups()) {
-    if (!wanted(g)) continue;
-    try {
-      g.check();
-      device().synchronize();
-    } catch (const std::exception& e) { report(g.name, false, e.what()); }
-  }
-  std::printf("%d passed, %d failed\n", passed, failures);
+  for (const Entry& g : groups())
+    if (checks && wanted(g)) attempt(g.name, g.check);
+  if (checks) std::printf("%d passed, %d failed\n", passed, failures);
   if (failures == 0 && times) {
     measure_limits();
     for (const Entry& g : groups())
-      if (wanted(g)) g.time();
+      if (wanted(g)) attempt(g.name + ", times", g.time);
+    print_summary();
   }
-  return failures == 0 && passed > 0 ? 0 : 1;
+  return failures == 0 && (passed > 0 || !checks) ? 0 : 1;
 }
 
 }  // namespace
 }  // namespace eac::cuda::check
 
 int main(int argc, char** argv) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // what was printed stays where the run is ended
   try {
     return eac::cuda::check::main_of(argc, argv);
   } catch (const std::exception& e) {

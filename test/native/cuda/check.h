@@ -21,7 +21,7 @@ class Device {
   const Table& table;
   Context* context = nullptr;
   DeviceInfo info{};
-  // Runs f, and on Hopper once more as GPUs before it would: without wgmma. `path` is for names.
+  // Runs f, and on Hopper once more as GPUs before it would: without wgmma, each launch after the last. `path` is for names.
   void each_path(const std::function<void(const std::string& path)>& f);
   bool emulated() const { return std::string(info.name) == "emulation"; }
   // Leave out what takes long: under emulation or compute-sanitizer.
@@ -30,11 +30,9 @@ class Device {
   // Throws std::runtime_error with the library's message.
   void operator()(Status status) const;
   void synchronize() const { (*this)(table.synchronize(context)); }
-  // Seconds of one call of `f`: the median over repetitions of many queued calls.
-  double time(const std::function<void()>& f) const;
 
  private:
-  Context* without_wgmma_ = nullptr;
+  Context* before_hopper_ = nullptr;
 };
 Device& device();
 
@@ -58,6 +56,12 @@ template <class T> class Buffer {
   T* data() const { return static_cast<T*>(memory_); }
   operator T*() const { return data(); }
   size_t size() const { return n_; }
+  // The same values in other memory.
+  Buffer copy() const {
+    Buffer b(n_, Unfilled{});
+    device()(device().table.copy(device().context, b.memory_, memory_, n_ * sizeof(T)));
+    return b;
+  }
   std::vector<T> read() const {
     std::vector<T> v(n_);
     device()(device().table.download(device().context, v.data(), memory_, n_ * sizeof(T)));
@@ -65,6 +69,8 @@ template <class T> class Buffer {
   }
 
  private:
+  struct Unfilled {};
+  Buffer(size_t n, Unfilled) : n_(n) { allocate(); }
   void allocate() { device()(device().table.allocate(device().context, (n_ + 1) * sizeof(T), &memory_)); }
   void* memory_ = nullptr;
   size_t n_;
@@ -82,7 +88,7 @@ class Sequences {
 };
 
 std::vector<float> normal(size_t n, unsigned seed, float scale = 1);
-// The same a million at a time, over and over: for arrays that are only timed.
+// The same million over and over: for arrays that are only timed.
 std::vector<float> repeated_normal(int64_t n, unsigned seed);
 
 // |got - want| <= tolerance * (1 + |want|) for every element, none NaN. Adds a line to the table.
@@ -95,12 +101,6 @@ template <class T> void equal(const std::string& name, const std::vector<T>& got
   const bool ok = i == want.size() && got.size() == want.size();
   report(name, ok, ok ? "equal" : "element " + std::to_string(i) + " differs");
 }
-
-// A timed line: what it took, and its share of what the bytes or operations would take at the device's measured rate.
-struct Cost {
-  double bytes = 0, operations = 0;  // operations of matrix products in bf16, a multiply-add is two
-};
-void timed(const std::string& name, const Cost& cost, const std::function<void()>& f);
 
 // A file's checks: correctness on random shapes, and figures on a real device. `const Group group("name", check, time);` at its end.
 struct Group {

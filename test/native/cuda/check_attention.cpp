@@ -2,7 +2,7 @@
 #include <limits>
 #include <memory>
 
-#include "cuda/check.h"
+#include "cuda/timing.h"
 #include "kernels/nn/attention.h"
 
 namespace eac::cuda::check {
@@ -153,25 +153,36 @@ void check_attention() {
 
 void time_case(const std::string& name, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t value_dim, int32_t tokens,
                int32_t before, int sequences) {
+  const bool decode = tokens == 1;
+  tokens = int32_t(scaled(tokens)), before = int32_t(scaled(before));
   const std::vector<int32_t> lengths(size_t(sequences), tokens), starts(size_t(sequences), before);
   const Sequences s(lengths, starts);
   const auto random = [](int64_t n) { return repeated_normal(n, 1); };
   const int64_t rows = s.batch.rows;
   const Buffer<float> q(random(rows * heads * head_dim)), k(random(rows * kv_heads * head_dim)),
       v(random(rows * kv_heads * value_dim)), out(size_t(rows * heads * value_dim));
-  Caches caches;
-  for (int i = 0; i < sequences; i++)
-    caches.add(random(before * kv_heads * head_dim), random(before * kv_heads * value_dim), tokens, kv_heads * head_dim,
-               kv_heads * value_dim);
-  const Buffer<float*> keys(caches.key_list), values(caches.value_list);
-  const Attention a{q, k, v, out, s.batch, keys, values, heads, kv_heads, head_dim, value_dim, 0, 0.1f, nullptr};
+  const double bytes = 4.0 * double(sequences) * (before + 1) * double(kv_heads * (head_dim + value_dim));
+  const int64_t operands = decode ? operands_of(bytes) : 1;
+  std::vector<Caches> caches(static_cast<size_t>(operands));
+  std::vector<Buffer<float*>> keys, values;
+  for (Caches& c : caches) {
+    for (int i = 0; i < sequences; i++)
+      c.add(random(before * kv_heads * head_dim), random(before * kv_heads * value_dim), tokens, kv_heads * head_dim,
+            kv_heads * value_dim);
+    keys.emplace_back(c.key_list), values.emplace_back(c.value_list);
+  }
+  const auto call = [&](int64_t i) {
+    const Attention a{q,        k,        v,         out, s.batch, keys[size_t(i)], values[size_t(i)], heads,
+                      kv_heads, head_dim, value_dim, 0,   0.1f,    nullptr};
+    device()(device().table.attention(device().context, &a));
+  };
+  if (decode) {
+    timed_recorded("attention, " + name, {.bytes = bytes}, operands, call);
+    return;
+  }
   const double seen = double(tokens) * (before + 0.5 * (tokens + 1)) * double(heads) * sequences;
-  Cost cost;
-  if (tokens == 1)
-    cost.bytes = 4.0 * double(sequences) * (before + 1) * double(kv_heads * (head_dim + value_dim));
-  else
-    cost.operations = 6 * seen * double(head_dim + value_dim);  // of bf16: three for one of f32
-  timed("attention, " + name, cost, [&] { device()(device().table.attention(device().context, &a)); });
+  // Of bf16: three for one of f32.
+  timed("attention, " + name, {.operations = 6 * seen * double(head_dim + value_dim)}, [&] { call(0); });
 }
 
 void time_attention() {

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "cuda/timing.h"
 #include "cuda/weights.h"
 #include "kernels/bench/random_matrix.h"
 #include "kernels/moe/experts.h"
@@ -40,6 +41,16 @@ class Layer {
     if (c.output_gate) output_gate.emplace_back(any_matrix(1, c.width, 16, 0, false, 77));
     device_list = std::make_unique<Buffer<Expert>>(list);
   }
+  // The same in other memory of the device; without biases.
+  Layer copy() const {
+    Layer l;
+    for (const DeviceMatrix& m : matrices) l.matrices.push_back(m.copy());
+    for (const DeviceMatrix& m : output_gate) l.output_gate.push_back(m.copy());
+    for (size_t m = 0; m < matrices.size(); m += 3)
+      l.list.push_back({l.matrices[m].weight, l.matrices[m + 1].weight, l.matrices[m + 2].weight, nullptr, nullptr, nullptr});
+    l.device_list = std::make_unique<Buffer<Expert>>(l.list);
+    return l;
+  }
   eac::Experts host(const Case& c) const {
     std::vector<Matrix> gate, up, down;
     for (size_t e = 0; e < size_t(c.experts); e++)
@@ -54,10 +65,13 @@ class Layer {
     if (c.biases) biases = ExpertBiases{gate_biases, up_biases, down_biases};
     return {gate, up, down, c.activation, shared, biases};
   }
-  double bytes(const std::vector<bool>& used) const {
+  // Of the chosen experts, and the shared one.
+  double bytes(const Case& c, const std::vector<int32_t>& chosen) const {
+    std::vector<bool> used(list.size());
+    for (const int32_t e : chosen) used[size_t(e)] = true;
+    if (c.shared_hidden) used.back() = true;
     double sum = 0;
-    for (size_t e = 0; e < list.size(); e++)
-      for (size_t m = 0; m < 3; m++) sum += e >= used.size() || used[e] ? matrices[e * 3 + m].bytes() : 0;
+    for (size_t m = 0; m < matrices.size(); m++) sum += used[m / 3] ? matrices[m].bytes() : 0;
     return sum;
   }
 
@@ -66,6 +80,7 @@ class Layer {
   std::unique_ptr<Buffer<Expert>> device_list;
 
  private:
+  Layer() = default;
   std::vector<Tensor> gate_biases, up_biases, down_biases;
   std::vector<Buffer<float>> device_biases;
   const float* bias(std::vector<Tensor>& to, int64_t n, unsigned seed) {
@@ -178,31 +193,64 @@ void check_experts() {
       {"all kinds", 60, 128, 96, 6, 3, {4, 4, 16, 16, 16, 32, 17, 17, 3, 32, 32, 2}, 64, Precision::exact, 160, true, true});
 }
 
+struct Shape {
+  const char* name;
+  int64_t width, hidden, experts, top_k, shared_hidden;
+};
+
+// A call a layer: each has weights and choices of its own.
+void time_few(Case c, const Shape& s, std::vector<Layer>& layers) {
+  const std::vector<float> shares(size_t(c.n * c.top_k), 1 / float(c.top_k));
+  const Buffer<float> x(repeated_normal(c.n * c.width, 1)), weights(shares), out(x.size());
+  const auto choices = [&](int64_t l) { return uniform_choices(c.n, c.experts, c.top_k, unsigned(l)); };
+  const int64_t operands = operands_of(layers[0].bytes(c, choices(0)));
+  while (int64_t(layers.size()) < operands) layers.push_back(layers[0].copy());
+  std::vector<Buffer<int32_t>> indices;
+  double bytes = 0;
+  for (int64_t l = 0; l < operands; l++) {
+    indices.emplace_back(choices(l));
+    bytes += layers[size_t(l)].bytes(c, choices(l)) / double(operands);
+  }
+  device().each_path([&](const std::string& path) {
+    const Timing t = timed_recorded(name_of(c) + path, {.bytes = bytes}, operands, [&](int64_t l) {
+      const Experts e = call_of(c, layers[size_t(l)], x, weights, indices[size_t(l)], out);
+      device()(device().table.experts(device().context, &e));
+    });
+    if (c.precision == Precision::fast && c.n <= 8 && path.empty())
+      judge("decode, " + std::to_string(c.n) + (c.n == 1 ? " token, " : " tokens, ") + s.name + " int2, int3, int4 (% of copy)",
+            100 * t.share, {Goal::at_least, c.n == 1 ? 70.0 : 60.0});
+  });
+}
+
+void time_many(const Case& c, const Shape& s, int64_t tokens, const Layer& layer) {
+  const std::vector<float> shares(size_t(c.n * c.top_k), 1 / float(c.top_k));
+  const Buffer<float> x(repeated_normal(c.n * c.width, 1)), weights(shares), out(x.size());
+  const Buffer<int32_t> indices(uniform_choices(c.n, c.experts, c.top_k, 0));
+  const Experts e = call_of(c, layer, x, weights, indices, out);
+  const double products = double(c.n) * double(c.top_k * c.hidden + c.shared_hidden);
+  device().each_path([&](const std::string& path) {
+    const Timing t = timed(name_of(c) + path, {.operations = 6.0 * products * double(c.width)},
+                           [&] { device()(device().table.experts(device().context, &e)); });
+    if (s.shared_hidden > 0 || c.kinds[0] == 2 || c.precision != Precision::fast || tokens < 512 || !path.empty()) return;
+    const std::string line = "prefill, " + std::to_string(tokens) + " tokens, Mixtral int3, int4 ";
+    judge(line + "(% of bf16)", 100 * t.share, {Goal::at_least, 55});
+    judge(line + "(times as fast as PyTorch)", pytorch("grouped_" + std::to_string(tokens)) / t.seconds, {Goal::at_least, 1});
+  });
+}
+
 void time_experts() {
-  struct Shape {
-    const char* name;
-    int64_t width, hidden, experts, top_k, shared_hidden;
-  };
-  for (const Shape& s : {Shape{"Qwen1.5-MoE", 2048, 1408, 60, 4, 5632}, Shape{"Mixtral", 4096, 14336, 8, 2, 0}})
+  const std::vector<int64_t> all = {1, 8, 32, 128, 512, 4096}, counts = device().emulated() ? std::vector<int64_t>{8, 512} : all;
+  for (Shape s : {Shape{"Qwen1.5-MoE", 2048, 1408, 60, 4, 5632}, Shape{"Mixtral", 4096, 14336, 8, 2, 0}})
     for (const int bits : {2, 3, 4}) {
-      Case c{s.name + (" " + kind_name(bits)), 4096, s.width, s.hidden, s.experts, s.top_k, {bits}};
-      c.shared_hidden = s.shared_hidden, c.output_gate = s.shared_hidden > 0;
-      const Layer layer(c);
-      const Choice choice = choose(c);
-      const Buffer<float> x(normal(size_t(c.n * c.width), 1)), weights(choice.weights), out(x.size());
-      const Buffer<int32_t> indices(choice.indices);
-      for (const int64_t n : {1, 8, 32, 128, 512, 4096})
+      if (device().emulated()) s.experts = 8;
+      Case c{s.name + (" " + kind_name(bits)), 1, scaled(s.width), scaled(s.hidden), s.experts, s.top_k, {bits}};
+      c.shared_hidden = scaled(s.shared_hidden), c.output_gate = s.shared_hidden > 0;
+      std::vector<Layer> layers;
+      layers.emplace_back(c);
+      for (const int64_t tokens : counts)
         for (const Precision precision : {Precision::fast, Precision::exact}) {
-          c.n = n, c.precision = precision;
-          const Experts e = call_of(c, layer, x, weights, indices, out);
-          std::vector<bool> used(size_t(c.experts));
-          for (int64_t i = 0; i < n * c.top_k; i++) used[size_t(choice.indices[size_t(i)])] = true;
-          const double products = double(n) * (double(c.top_k * c.hidden) + double(c.shared_hidden));
-          const Cost cost = n <= 32 ? Cost{.bytes = layer.bytes(used)} : Cost{.operations = 6.0 * products * double(c.width)};
-          const auto run = [&](const std::string& path) {
-            timed(name_of(c) + path, cost, [&] { device()(device().table.experts(device().context, &e)); });
-          };
-          n >= 128 ? device().each_path(run) : run("");
+          c.n = tokens <= 32 ? tokens : scaled(tokens), c.precision = precision;
+          tokens <= 32 ? time_few(c, s, layers) : time_many(c, s, tokens, layers[0]);
         }
     }
 }

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "cuda/check.h"
+#include "cuda/timing.h"
 #include "kernels/quant/quantize.h"
 
 namespace eac::cuda::check {
@@ -197,7 +197,7 @@ void check_gptq() {
 
 // Everything that quantizing weights of a width needs, on random weights and activations.
 struct Solve {
-  int64_t rows, cols, tokens = 4096;
+  int64_t rows, cols, tokens = scaled(4096), groups = (cols + 127) / 128;
   Buffer<float> x, w, h, diagonal, u;
   Buffer<int32_t> order;
   Buffer<uint8_t> codes, zeros;
@@ -213,8 +213,8 @@ struct Solve {
         u(z(cols * cols)),
         order(z(cols)),
         codes(z(rows * cols)),
-        zeros(z(rows * cols / 128)),
-        scales(z(rows * cols / 128)),
+        zeros(z(rows * groups)),
+        scales(z(rows * groups)),
         row_error(z(rows)) {}
 
   void statistics(int64_t all_tokens) const {
@@ -233,23 +233,27 @@ struct Solve {
 };
 
 void time_gptq() {
-  for (const auto& [rows, cols] : {std::pair<int64_t, int64_t>{14336, 4096}, {4096, 14336}, {1408, 2048}, {2048, 1408}}) {
-    const Solve s(rows, cols);
+  for (const auto& [out, in] : {std::pair<int64_t, int64_t>{14336, 4096}, {4096, 14336}, {1408, 2048}, {2048, 1408}}) {
+    const Solve s(scaled(out), scaled(in));
     s.statistics(s.tokens);
     for (const bool clip_search : {false, true}) {
-      const std::string shape = std::to_string(rows) + " x " + std::to_string(cols) + (clip_search ? ", clip search" : "");
-      timed("gptq, ordered, 3 bit, " + shape, {.operations = 3.0 * double(rows * cols * cols)},
+      const std::string shape = std::to_string(s.rows) + " x " + std::to_string(s.cols) + (clip_search ? ", clip search" : "");
+      timed("gptq, ordered, 3 bit, " + shape, {.operations = 3.0 * double(s.rows * s.cols * s.cols)},
             [&] { s.quantize(true, clip_search); });
-      timed("round to nearest, 3 bit, " + shape, {.bytes = 13.0 * double(rows * cols)}, [&] { s.quantize(false, clip_search); });
+      timed("round to nearest, 3 bit, " + shape, {.bytes = 13.0 * double(s.rows * s.cols)},
+            [&] { s.quantize(false, clip_search); });
     }
   }
-  const Solve in(14336, 4096), hidden(4096, 14336);
-  timed("an expert of Mixtral, Hessians of 262144 tokens to codes (a layer: 8 times that)", {}, [&] {
-    in.statistics(262144);
+  // Each expert has Hessians of its own, of all tokens: those of gate and up are one.
+  const Solve in(scaled(14336), scaled(4096)), hidden(scaled(4096), scaled(14336));
+  const int64_t tokens = device().emulated() ? 2 * in.tokens : 262144;
+  const Timing expert = timed("an expert of Mixtral, " + std::to_string(tokens) + " tokens to codes", {}, [&] {
+    in.statistics(tokens);
     for (int matrix = 0; matrix < 2; matrix++) in.quantize(true, true);
-    hidden.statistics(262144);
+    hidden.statistics(tokens);
     hidden.quantize(true, true);
   });
+  judge("GPTQ, Mixtral's layer, 8 times an expert (s)", 8 * expert.seconds, {Goal::below, 60});
 }
 
 const Group group("gptq", check_gptq, time_gptq);

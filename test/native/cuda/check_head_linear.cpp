@@ -1,5 +1,6 @@
 #include "core/dtype.h"
-#include "cuda/check.h"
+#include "cuda/timing.h"
+#include "cuda/weights.h"
 
 namespace eac::cuda::check {
 namespace {
@@ -52,23 +53,31 @@ void check_head_linear() {
   }
 }
 
+void time_case(int64_t n, int64_t heads, int64_t in, int64_t out, int64_t x_width, int64_t out_width) {
+  std::vector<DeviceMatrix> weights;
+  weights.emplace_back(any_matrix(heads * out, in, 16, 0, false, 1));
+  const double bytes = weights[0].bytes();
+  const int64_t operands = n <= 8 ? operands_of(bytes) : 1;
+  while (int64_t(weights.size()) < operands) weights.push_back(weights[0].copy());
+  const Buffer<float> x(repeated_normal(n * heads * x_width, 1)), y(size_t(n * heads * out_width));
+  const auto call = [&](int64_t i) {
+    const HeadLinear a{x, n, heads, x_width, out_width, weights[size_t(i)].weight, y};
+    device()(device().table.head_linear(device().context, &a));
+  };
+  const std::string name = "head linear, " + std::to_string(n) + (n == 1 ? " token, " : " tokens, ") + std::to_string(heads) +
+                           " heads, " + std::to_string(in) + " to " + std::to_string(out);
+  if (n <= 8)
+    timed_recorded(name, {.bytes = bytes}, operands, call);
+  else  // of bf16: two for one of f32
+    timed(name, {.operations = 4.0 * double(n * heads * in * out)}, [&] { call(0); });
+}
+
 void time_head_linear() {
-  for (const int64_t heads : {16, 128})
-    for (const int64_t n : {1, 8, 2048})
-      for (const auto& [in, out, x_width, out_width] :
-           {std::tuple<int64_t, int64_t, int64_t, int64_t>{128, 512, 192, 576}, {512, 128, 512, 128}}) {
-        const Buffer<uint16_t> weight(std::vector<uint16_t>(size_t(heads * in * out), 0x3c00));
-        const Buffer<float> x(repeated_normal(n * heads * x_width, 1)), y(size_t(n * heads * out_width));
-        const HeadLinear a{x, n, heads, x_width, out_width, {Storage::bf16, 0, heads * out, in, 0, weight.data(), nullptr}, y};
-        Cost cost;
-        if (n <= 8)
-          cost.bytes = 2.0 * double(weight.size());
-        else
-          cost.operations = 4.0 * double(n) * double(weight.size());  // of bf16: two for one of f32
-        timed("head linear, " + std::to_string(n) + " tokens, " + std::to_string(heads) + " heads, " + std::to_string(in) +
-                  " to " + std::to_string(out),
-              cost, [&] { device()(device().table.head_linear(device().context, &a)); });
-      }
+  for (const int64_t heads : {int64_t(16), scaled(128)})
+    for (const int64_t n : {int64_t(1), int64_t(8), scaled(2048)}) {
+      time_case(n, heads, 128, scaled(512), 192, 576);
+      time_case(n, heads, scaled(512), 128, 512, 128);
+    }
 }
 
 const Group group("head_linear", check_head_linear, time_head_linear);

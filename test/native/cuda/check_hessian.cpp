@@ -1,7 +1,7 @@
 // Products split in bf16, Hessian, cross moments, factor, two-stream targets.
 #include <algorithm>
 
-#include "cuda/check.h"
+#include "cuda/timing.h"
 #include "core/dtype.h"
 
 namespace eac::cuda::check {
@@ -221,24 +221,23 @@ void check_hessian() {
 
 void time_hessian() {
   const auto& t = device().table;
-  for (const int64_t n : {int64_t(2048), int64_t(4096), int64_t(14336)}) {
-    const int64_t m = 4096, rows = 4096;
-    const std::string channels = std::to_string(n) + " channels";
+  for (const int64_t channels : {2048, 4096, 14336}) {
+    const int64_t n = scaled(channels), m = scaled(4096), rows = scaled(4096);
+    const std::string shape = ", " + std::to_string(m) + " tokens, " + std::to_string(n) + " channels";
     const Buffer<float> x(repeated_normal(m * n, 1)), h(vector<float>(z(n * n), 0.f)), diagonal(z(n)), u(z(n * n));
     const Buffer<int32_t> order(z(n));
     const Hessian hessian{x, m, n, nullptr, h};
-    timed("hessian, 4096 tokens, " + channels + " (262144: 64 times that)", {.operations = 3.0 * double(m * n * n)},
-          [&] { device()(t.hessian(device().context, &hessian)); });
-    const Cross cross{x, x, m, n, nullptr, h};
-    timed("cross, 4096 tokens, " + channels, {.operations = 6.0 * double(m * n * n)},
-          [&] { device()(t.cross(device().context, &cross)); });
+    timed("hessian" + shape, {.operations = 3.0 * double(m * n * n)}, [&] { device()(t.hessian(device().context, &hessian)); });
     const Factor factor{h, n, 0.01, true, order, diagonal, u};
-    timed("factor, " + channels + " (operations in f64)", {.operations = 2.0 / 3 * std::pow(double(n), 3)},
+    timed("factor, " + std::to_string(n) + " channels (operations in f64)", {.operations = 2.0 / 3 * std::pow(double(n), 3)},
           [&] { device()(t.factor(device().context, &factor)); });
-    const Buffer<float> w(repeated_normal(rows * n, 2)), d(repeated_normal(n * n, 3)), out(z(rows * n));
+    const Buffer<float> full(repeated_normal(m * n, 4)), d(repeated_normal(n * n, 3));
+    const Cross cross{full, x, m, n, nullptr, d};
+    timed("cross" + shape, {.operations = 6.0 * double(m * n * n)}, [&] { device()(t.cross(device().context, &cross)); });
+    const Buffer<float> w(repeated_normal(rows * n, 2)), out(z(rows * n));
     const TwoStream two{Storage::f32, w, rows, n, order, u, d, 1.f, out};
-    timed("two stream, 4096 rows, " + channels, {.operations = 18.0 * double(rows * n * n)},
-          [&] { device()(t.two_stream(device().context, &two)); });
+    timed("two stream, " + std::to_string(rows) + " rows, " + std::to_string(n) + " channels",
+          {.operations = 18.0 * double(rows * n * n)}, [&] { device()(t.two_stream(device().context, &two)); });
   }
 }
 

@@ -1,3 +1,4 @@
+#include "cuda/timing.h"
 #include "cuda/weights.h"
 #include "kernels/bench/random_matrix.h"
 #include "kernels/matmul/gemm.h"
@@ -50,6 +51,10 @@ void check_linear() {
                           Case{bits, 8, 33, 288, 96}, Case{bits, 1, 32, 100, 128}, Case{bits, 3, 64, 2400, 128}})
       check_case(c);
     check_case({bits, 8, 100, 320, 128, fast, true, true});
+    // Rows of whole pairs of units; so many channels that blocks have more of them.
+    for (const Case& c : {Case{bits, 7, 40, 256, 32}, Case{bits, 5, 33, 384, 64, fast, true, true}, Case{bits, 2, 19, 1152, 128},
+                          Case{bits, 8, 600, 256, 64}})
+      check_case(c);
     check_case({bits, 1, 17, 64, 32, fast, false, false, true});
     // Tiles of 16 and of 64 rows.
     for (const Case& c :
@@ -75,28 +80,42 @@ void check_linear() {
   }
 }
 
-void time_linear() {
-  const auto time = [](int kind, int64_t n, int64_t rows, int64_t cols, Precision precision) {
-    const DeviceMatrix w(any_matrix(rows, cols, kind, 128, false, 1));
-    const Buffer<float> in(normal(size_t(n * cols), 1)), out(size_t(n * rows));
-    const Linear l{in, n, w.weight, Storage::f32, nullptr, false, precision, out};
-    const Cost cost = n <= 8 ? Cost{.bytes = w.bytes()} : Cost{.operations = 2.0 * double(n) * double(rows) * double(cols)};
-    const auto run = [&](const std::string& path) {
-      timed("linear " + name_of({kind, n, rows, cols, 128, precision}) + path, cost,
-            [&] { device()(device().table.linear(device().context, &l)); });
-    };
-    kind <= 16 && n >= 128 ? device().each_path(run) : run("");
-  };
-  for (const int bits : {2, 3, 4})
-    for (const int64_t n : {1, 8, 32, 512, 4096}) {
-      time(bits, n, 28672, 4096, Precision::fast);
-      time(bits, n, 28672, 4096, Precision::exact);
+void time_matrix(int kind, int64_t rows, int64_t cols, const std::vector<int64_t>& tokens,
+                 const std::vector<Precision>& precisions) {
+  rows = scaled(rows), cols = scaled(cols);
+  std::vector<DeviceMatrix> weights;
+  weights.emplace_back(any_matrix(rows, cols, kind, 128, false, 1));
+  const double bytes = weights[0].bytes();
+  const int64_t operands = operands_of(bytes);
+  while (int64_t(weights.size()) < operands) weights.push_back(weights[0].copy());
+  for (const int64_t count : tokens)
+    for (const Precision precision : precisions) {
+      const int64_t n = count <= 32 ? count : scaled(count);
+      const Buffer<float> in(repeated_normal(n * cols, 1)), out(size_t(n * rows));
+      const auto call = [&](int64_t i) {
+        const Linear l{in, n, weights[size_t(i)].weight, Storage::f32, nullptr, false, precision, out};
+        device()(device().table.linear(device().context, &l));
+      };
+      const std::string name = "linear " + name_of({kind, n, rows, cols, 128, precision});
+      const Cost operations{.operations = 2.0 * double(n) * double(rows) * double(cols)};
+      const auto run = [&](const std::string& path) { timed(name + path, operations, [&] { call(0); }); };
+      if (count <= 32)
+        device().each_path([&](const std::string& path) { timed_recorded(name + path, {.bytes = bytes}, operands, call); });
+      else
+        kind <= 16 ? device().each_path(run) : run("");
     }
-  for (const int64_t n : {1, 8, 32, 512, 4096}) time(16, n, 28672, 4096, Precision::fast);
-  time(16, 512, 28672, 4096, Precision::exact);
-  time(32, 512, 8192, 4096, Precision::exact);
-  time(32, 1, 60, 2048, Precision::exact);      // a router
-  time(16, 1, 151936, 2048, Precision::exact);  // a head
+}
+
+void time_linear() {
+  const Precision exact = Precision::exact, fast = Precision::fast;
+  for (const int bits : {2, 3, 4}) time_matrix(bits, 28672, 4096, {1, 8, 32, 512, 4096}, {fast, exact});
+  for (const int64_t width : {2048, 4096}) time_matrix(4, width, width, {1, 8}, {fast, exact});  // attention's
+  time_matrix(16, 28672, 4096, {1, 8, 32, 512, 4096}, {fast});
+  for (const int64_t width : {2048, 4096}) time_matrix(4, width, width, {1, 8}, {fast, exact});  // attention's
+  time_matrix(16, 28672, 4096, {512}, {exact});
+  time_matrix(32, 8192, 4096, {512}, {exact});
+  time_matrix(32, 60, 2048, {1}, {exact});      // a router
+  time_matrix(16, 151936, 2048, {1}, {exact});  // a head
 }
 
 const Group group("linear", check_linear, time_linear);

@@ -1,4 +1,4 @@
-#include "cuda/check.h"
+#include "cuda/timing.h"
 #include "kernels/nn/norm.h"
 
 namespace eac::cuda::check {
@@ -47,11 +47,12 @@ void check_norm() {
 }
 
 void time_norm() {
-  for (const auto& [rows, width] : {std::pair<int64_t, int64_t>{1, 4096}, {4096, 2048}, {4096, 4096}, {4096 * 32, 128}}) {
+  for (const auto& [count, width] : {std::pair<int64_t, int64_t>{1, 4096}, {4096, 2048}, {4096, 4096}, {4096 * 32, 128}}) {
+    const int64_t rows = scaled(count);
     const Buffer<float> x(repeated_normal(rows * width, 1)), out(x.size()), weight(normal(size_t(width), 2));
     const Norm norm{x, rows, width, Storage::f32, weight.data(), nullptr, 1e-5f, out};
-    timed("rms norm, " + std::to_string(rows) + " x " + std::to_string(width), {.bytes = 8.0 * double(x.size())},
-          [&] { device()(device().table.norm(device().context, &norm)); });
+    timed_recorded("rms norm, " + std::to_string(rows) + " x " + std::to_string(width), {.bytes = 8.0 * double(x.size())}, 1,
+                   [&](int64_t) { device()(device().table.norm(device().context, &norm)); });
   }
 }
 

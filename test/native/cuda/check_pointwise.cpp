@@ -1,4 +1,4 @@
-#include "cuda/check.h"
+#include "cuda/timing.h"
 #include "kernels/nn/activation.h"
 
 namespace eac::cuda::check {
@@ -65,10 +65,11 @@ void check_pointwise() {
 }
 
 void time_pointwise() {
-  const int64_t n = int64_t(4096) * 14336;
-  const Buffer<float> gate(static_cast<size_t>(n)), up(static_cast<size_t>(n));
+  const int64_t rows = scaled(4096), width = scaled(14336), n = rows * width;
+  const Buffer<float> gate(repeated_normal(n, 1)), up(repeated_normal(n, 2));
   const Glu glu{Activation::silu, gate, up, n};
-  timed("glu, 4096 x 14336", {.bytes = 12.0 * double(n)}, [&] { device()(device().table.glu(device().context, &glu)); });
+  timed("glu, " + std::to_string(rows) + " x " + std::to_string(width), {.bytes = 12.0 * double(n)},
+        [&] { device()(device().table.glu(device().context, &glu)); });
 }
 
 const Group group("pointwise", check_pointwise, time_pointwise);

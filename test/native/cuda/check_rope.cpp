@@ -1,4 +1,4 @@
-#include "cuda/check.h"
+#include "cuda/timing.h"
 #include "kernels/nn/attention.h"
 
 namespace eac::cuda::check {
@@ -50,12 +50,12 @@ void check_rope() {
 }
 
 void time_rope() {
-  for (const int32_t rows : {1, 4096}) {
+  for (const int32_t rows : {1, int32_t(scaled(4096))}) {
     const Sequences s({rows}, {0});
     const Buffer<float> x(repeated_normal(int64_t(rows) * 32 * 128, 1)), frequencies(frequencies_of(64, 10000));
     const Rope rope{x, 32 * 128, 128, 0, 64, frequencies, nullptr, 1, 1, 0, false, s.batch};
-    timed("rope, " + std::to_string(rows) + " x 32 heads of 128", {.bytes = 8.0 * double(x.size())},
-          [&] { device()(device().table.rope(device().context, &rope)); });
+    timed_recorded("rope, " + std::to_string(rows) + " x 32 heads of 128", {.bytes = 8.0 * double(x.size())}, 1,
+                   [&](int64_t) { device()(device().table.rope(device().context, &rope)); });
   }
 }
 

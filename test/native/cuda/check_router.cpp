@@ -1,7 +1,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "cuda/check.h"
+#include "cuda/timing.h"
 #include "kernels/router/select.h"
 
 namespace eac::cuda::check {
@@ -145,13 +145,14 @@ void check_router() {
 
 void time_router() {
   for (const auto& [experts, k] : {std::pair<int64_t, int64_t>{8, 2}, {60, 4}, {256, 8}})
-    for (const int32_t rows : {1, 4096}) {
+    for (const int32_t rows : {1, int32_t(scaled(4096))}) {
       const Sequences s({rows}, {0});
       const Buffer<float> logits(normal(size_t(rows * experts), 1)), weights(size_t(rows * k));
       const Buffer<int32_t> indices(size_t(rows * k)), counts{size_t(experts)};
       const Route route{logits, on_device({.experts = experts, .top_k = k}, nullptr), s.batch, weights, indices, counts};
-      timed("route, " + std::to_string(rows) + " tokens, top " + std::to_string(k) + " of " + std::to_string(experts),
-            {.bytes = 4.0 * double(logits.size())}, [&] { device()(device().table.route(device().context, &route)); });
+      timed_recorded("route, " + std::to_string(rows) + " tokens, top " + std::to_string(k) + " of " + std::to_string(experts),
+                     {.bytes = 4.0 * double(logits.size())}, 1,
+                     [&](int64_t) { device()(device().table.route(device().context, &route)); });
     }
 }
 

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "cuda/check.h"
+#include "cuda/timing.h"
 #include "kernels/router/calibrate.h"
 
 namespace eac::cuda::check {
@@ -117,20 +117,21 @@ void check_router_calibration() {
 }
 
 void time_router_calibration() {
-  for (const auto& [experts, width, k] : {std::tuple<int64_t, int64_t, int64_t>{8, 4096, 4}, {60, 2048, 16}}) {
-    const int64_t n = 65536;
+  for (const auto& [experts, channels, k] : {std::tuple<int64_t, int64_t, int64_t>{8, 4096, 4}, {60, 2048, 16}}) {
+    const int64_t n = scaled(65536), width = scaled(channels);
     const Buffer<float> w(normal(z(experts * width), 1, 0.02f)), x(repeated_normal(n * width, 2)),
         targets(repeated_normal(n * experts, 3));
     const Buffer<float> out(z(experts * width));
     int32_t iterations = 0;
     double loss[2] = {};
     const CalibrateRouter args{w, x, targets, experts, width, n, k, 1e-3, 1e-5, 10, out, &iterations, loss};
-    timed("router calibration, 65536 tokens, " + std::to_string(experts) + " x " + std::to_string(width) + ", 10 iterations",
+    timed("router calibration, " + std::to_string(n) + " tokens, " + std::to_string(experts) + " x " + std::to_string(width) +
+              ", 10 iterations",
           {.bytes = 12 * 24.0 * double(n * width)}, [&] { device()(device().table.calibrate_router(device().context, &args)); });
   }
 }
 
-const Group group("router calibration", check_router_calibration, time_router_calibration);
+const Group group("router_calibration", check_router_calibration, time_router_calibration);
 
 }  // namespace
 }  // namespace eac::cuda::check

@@ -2,7 +2,7 @@
 #include <limits>
 #include <numeric>
 
-#include "cuda/check.h"
+#include "cuda/timing.h"
 #include "kernels/nn/output.h"
 
 namespace eac::cuda::check {
@@ -69,6 +69,9 @@ void check_sample() {
   equal("sample, numbers between ids",
         sampled(std::vector<float>(24, 1), 4, {.temperature = 1, .uniform = {0, below_quarter, 0.25, 0.5, 0.75, below_one}}),
         {0, 0, 1, 2, 3, 3});
+  if (!device().emulated())  // more blocks than a block has threads
+    equal("sample, 700001 equal logits", sampled(std::vector<float>(700001, 1), 700001, {.temperature = 1, .uniform = {0.9}}),
+          {630000});
   const size_t draws = 2000, v = 4;
   std::vector<float> same;
   Sampling s{.temperature = 1, .uniform = {}};
@@ -87,13 +90,14 @@ void time_sample() {
                                   {"temperature", {.temperature = 1, .uniform = {}}},
                                   {"top_p 0.9", {.temperature = 1, .top_p = 0.9, .uniform = {}}},
                                   {"top_k 40, top_p 0.9", {.temperature = 1, .top_k = 40, .top_p = 0.9, .uniform = {}}}}) {
-      const int64_t vocabulary = 151936;
+      const int64_t vocabulary = scaled(151936);
       const Buffer<float> logits(normal(size_t(rows * vocabulary), 1, 3));
       const Buffer<double> uniform(std::vector<double>(size_t(rows), 0.5));
       const Buffer<int32_t> ids{size_t(rows)};
       const Sample sample{logits, rows, vocabulary, s.temperature, s.top_k, s.top_p, uniform, ids};
-      timed("sample, " + std::to_string(rows) + " x 151936, " + name, {.bytes = 4.0 * double(logits.size())},
-            [&] { device()(device().table.sample(device().context, &sample)); });
+      timed_recorded("sample, " + std::to_string(rows) + " x " + std::to_string(vocabulary) + ", " + name,
+                     {.bytes = 4.0 * double(logits.size())}, 1,
+                     [&](int64_t) { device()(device().table.sample(device().context, &sample)); });
     }
 }
 

@@ -32,6 +32,18 @@ DeviceMatrix::DeviceMatrix(Matrix m) : host(std::move(m)) {
   weight.data = data_->data(), weight.params = params_->data();
 }
 
+DeviceMatrix DeviceMatrix::copy() const {
+  DeviceMatrix m;
+  m.host = host, m.weight = weight;
+  m.data_ = std::make_unique<Buffer<uint8_t>>(data_->copy());
+  m.weight.data = m.data_->data();
+  if (params_) {
+    m.params_ = std::make_unique<Buffer<uint8_t>>(params_->copy());
+    m.weight.params = m.params_->data();
+  }
+  return m;
+}
+
 Matrix any_matrix(int64_t rows, int64_t cols, int kind, int64_t group_size, bool symmetric, unsigned seed) {
   if (kind > 4) return random_matrix(rows, cols, kind == 32 ? DType::f32 : kind == 17 ? DType::f16 : DType::bf16, seed);
   if (cols % 32 == 0) return random_quant_matrix(rows, cols, kind, group_size, symmetric, seed);

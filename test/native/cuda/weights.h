@@ -11,11 +11,14 @@ namespace eac::cuda::check {
 class DeviceMatrix {
  public:
   explicit DeviceMatrix(Matrix m);
+  // The same in other memory of the device.
+  DeviceMatrix copy() const;
   Matrix host;
   Weight weight{};
   double bytes() const { return double(data_->size() + (params_ ? params_->size() : 0)); }
 
  private:
+  DeviceMatrix() = default;
   std::unique_ptr<Buffer<uint8_t>> data_, params_;
 };
 

@@ -33,7 +33,9 @@ __device__ __forceinline__ void store(const Linear& l, int64_t row, int64_t chan
 }
 
 // rows: as many as l.n or more. channels: of a warp, or (1) of a block. aligned: rows of x and of the weight begin at multiples of 16 bytes.
-template <Storage s, int rows, int channels, bool aligned> __global__ __launch_bounds__(warps * 32) void gemv_kernel(Linear l) {
+// Blocks that must fit an SM: few, which leaves registers for all loads of an iteration. Left alone, ptxas waits for the first of them to save some.
+template <Storage s, int rows, int channels, bool aligned>
+__global__ __launch_bounds__(warps * 32, rows == 8 ? 5 : 4) void gemv_kernel(Linear l) {
   wait_for_earlier();
   using V = Vector<s>;
   constexpr int element = s == Storage::f32 ? 4 : 2;
@@ -48,7 +50,7 @@ template <Storage s, int rows, int channels, bool aligned> __global__ __launch_b
   const auto x = [&](int t) { return l.x + min(int64_t(t), l.n - 1) * cols; };
   float sums[rows][channels] = {};
   if constexpr (aligned) {
-#pragma unroll(rows* channels > 4 ? 1 : 4)
+#pragma unroll(rows* channels > 4 ? 1 : rows > 2 ? 2 : 4)
     for (int64_t k = thread * V::size; k < cols; k += (split ? warps : 1) * 32 * V::size) {
       uint4 packed[channels];
 #pragma unroll

@@ -1,12 +1,10 @@
 // Linear layers: which kernel multiplies.
 //
-// METHOD      Few rows: weights are streamed (stream.cu for codes, gemv.cu for dense ones); the bound is their memory. Many rows: tiles on the
+// METHOD      Few rows: weights are streamed (stream_linear.cu for codes, gemv.cu for dense ones); the bound is their memory. Many rows: tiles on the
 //             tensor cores (tiles.cu; f32 and f16 weights on the CUDA cores, scalar.cu), the inputs split into bf16 planes before.
 #include "kernels/cuda/matmul/linear.cuh"
 
 #include <algorithm>
-
-#include "kernels/cuda/matmul/stream.cuh"
 
 namespace eac::cuda {
 namespace {
@@ -39,16 +37,7 @@ struct Parts {
 };
 
 void multiply_few(Context& c, const Linear& l) {
-  if (l.weight.storage != Storage::quantized) return multiply_few_dense(c, l);
-  const Parts parts(c, l, stream_slices(c, 1, l.weight.rows, l.weight.cols));
-  Stream s{};
-  s.role = Role::plain, s.weight = l.weight;
-  s.n = l.n, s.cols = l.weight.cols, s.channels = l.weight.rows;
-  s.in = split_planes(c, 0, l.x, l.n, l.weight.cols, l.precision, Order::lanes);
-  s.slices = parts.slices, s.out = parts.out, s.add = parts.add();
-  s.bias_storage = l.bias_storage, s.bias = l.bias;
-  multiply_stream(c, s);
-  parts.add_up(c);
+  l.weight.storage == Storage::quantized ? multiply_few_quantized(c, l) : multiply_few_dense(c, l);
 }
 
 void multiply_many(Context& c, const Linear& l) {

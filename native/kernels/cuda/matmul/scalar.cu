@@ -33,7 +33,8 @@ struct Loader {
 // pair: gate_up, two matrices at once.
 template <bool pair> __global__ __launch_bounds__(256) void scalar_kernel(Product p) {
   wait_for_earlier();
-  __shared__ float xs[depth][stride], ws[1 + pair][depth][stride];
+  __align__(16) __shared__ float xs[depth][stride];  // read four at a time
+  __shared__ float ws[1 + pair][depth][stride];
   Tile t;
   if (!find_tile(p, slab, t)) return;
   const int at = threadIdx.x / 4;

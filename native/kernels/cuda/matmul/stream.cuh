@@ -32,21 +32,17 @@ __device__ __forceinline__ int expert_at(const Choice& c, int place) {
 
 struct Stream {
   Role role;
-  int64_t n, cols, shared_cols, channels, shared_channels;
-  Weight weight;  // plain
+  int64_t n, channels, shared_channels;
   const Expert* list;
   Choice choice;
   int64_t places;       // of the choice; behind them the shared expert
   const float* factor;  // (places + 1, n)
-  bool shared;
+  bool shared, biases;  // of gate and up
   Planes in;
   Activation activation;
   Planes hidden;                  // ((places + 1) n, ...)
   float* out;                     // (slices, n, channels)
-  int64_t slices, shared_slices;  // that each expert's product (plain: the only one) is cut into
-  bool add;                       // plain, one slice: like bias
-  Storage bias_storage;
-  const void* bias;
+  int64_t slices, shared_slices;  // that each expert's product is cut into
 };
 
 // How many slices of a row of `cols` fill the GPU, if there are `products` of `channels` outputs.

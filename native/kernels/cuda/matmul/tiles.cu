@@ -115,7 +115,7 @@ __device__ __forceinline__ void multiply(Source source, const Product& p, const 
   int slot = 0, ahead = S::stages - 1;
   for (int unit = begin; unit < end; unit++) {
     copy_wait<S::stages - 2>();
-    __syncthreads();  // everybody's copies are here, and everybody is done with the slot that is filled next
+    barrier_of<1, tile_threads>();  // everybody's copies are here, and everybody is done with the slot that is filled next
     copy(ahead, unit + S::stages - 1);
     const unsigned char* stage = memory + slot * S::stage_bytes;
     step_half<0, rows, planes>(source, stage, sums, totals);
@@ -154,7 +154,7 @@ __global__ __launch_bounds__(tile_threads, rows > 16 ? 1 : 2) void tiles_kernel(
   if constexpr (dense) {
     multiply<rows, planes>(Bf16Source(p, t), p, t, begin, end, totals);
   } else {
-    // Gate and up may differ in bits. The barriers of different warps then are different instructions of one barrier.
+    // Gate and up may differ in bits: warps then meet at different instructions, which barrier_of allows and __syncthreads does not.
     if (w.bits == 2) multiply<rows, planes>(CodeSource<2>(p, t, w, begin), p, t, begin, end, totals);
     if (w.bits == 3) multiply<rows, planes>(CodeSource<3>(p, t, w, begin), p, t, begin, end, totals);
     if (w.bits == 4) multiply<rows, planes>(CodeSource<4>(p, t, w, begin), p, t, begin, end, totals);

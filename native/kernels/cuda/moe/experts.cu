@@ -63,6 +63,7 @@ void run_few(Context& c, const Experts& e) {
   Stream s{};
   s.n = e.n, s.list = e.list, s.choice = choice, s.places = places, s.shared = e.shared;
   s.factor = prepared.factor;
+  s.biases = std::any_of(e.shapes, e.shapes + e.experts, [](const Expert& x) { return x.gate_bias || x.up_bias || x.down_bias; });
   s.activation = e.activation;
   s.role = Role::gate_up;
   s.channels = e.hidden, s.shared_channels = e.shared_hidden;
@@ -82,8 +83,7 @@ void run_few(Context& c, const Experts& e) {
   multiply_stream(c, s);
   Grid grid = per_element(e.n * e.width);
   grid.shared = size_t(places * s.slices + s.shared_slices);
-  const bool biases = std::any_of(e.shapes, e.shapes + e.experts, [](const Expert& x) { return x.down_bias; });
-  launch<add_experts_kernel>(c, grid, e, prepared, places, s.slices, s.shared_slices, biases, (const float*)s.out);
+  launch<add_experts_kernel>(c, grid, e, prepared, places, s.slices, s.shared_slices, s.biases, (const float*)s.out);
 }
 
 // Many tokens. rows: (slices, pairs, width).

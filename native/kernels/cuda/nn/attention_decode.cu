@@ -25,14 +25,23 @@ template <int R, int T> size_t shared_floats(int64_t head_dim, int64_t value_dim
   return std::max(tiles, reduction) + size_t(R) * size_t(head_dim) + R * T + R;
 }
 
+// A thread's way through rows of `units` float4, `threads` of them further each time.
+struct Walk {
+  int units, row, unit, rows_on, units_on;
+  __device__ Walk(int units, int thread)
+      : units(units), row(thread / units), unit(thread % units), rows_on(threads / units), units_on(threads % units) {}
+};
+
 // R: rows, T: keys a tile.
 template <int R, int T> struct Block {
   static constexpr int lanes = threads / T;  // a key
   const Attend& p;
   const Group group;
   const int split;
-  const int rows, key_size, value_size;                // float4 a row of a tile
-  const int head_units, thread;                        // float4 a head
+  const int rows, key_size, value_size;  // float4 a row of a tile
+  const int head_units, thread;          // float4 a head
+  const Walk key_walk, value_walk;
+  const int each;                                      // keys whose values a thread adds up
   float4 *tiles, *queries, sums[R];                    // queries (R, head_units)
   float *scores, *shrink;                              // (R, T), (R)
   float maximum[ceil_div(R, 4)], sum[ceil_div(R, 4)];  // of rows warp, warp + 4
@@ -45,7 +54,10 @@ template <int R, int T> struct Block {
         key_size(key_units<T>(p.a.head_dim)),
         value_size(int(p.a.value_dim / 4)),
         head_units(int(p.a.head_dim / 4)),
-        thread(int(threadIdx.x)) {
+        thread(int(threadIdx.x)),
+        key_walk(head_units, thread),
+        value_walk(value_size, thread),
+        each(ceil_div(ceil_div(T, value_groups()), 4) * 4) {
     tiles = dynamic_shared<float4>();
     const int tile_units = stages * T * (key_size + value_size);
     queries = tiles + max(tile_units, threads * R);
@@ -66,21 +78,22 @@ template <int R, int T> struct Block {
       queries[i] = make_float4(q.x * scale, q.y * scale, q.z * scale, q.w * scale);
     }
   }
-  // T rows of `units` float4, `size` apart in the tile and `stride` floats in memory, from the first on; zeros from row `valid` on.
-  __device__ void copy_rows(float4* tile, int size, int units, const float* from, int64_t stride, int valid) {
-    const int rows_on = threads / units, units_on = threads % units;  // to a thread's next piece
-    int row = thread / units, unit = thread % units;
-    while (row < T) {
-      const bool there = row < valid;
-      copy_async(tile + row * size + unit, from + (there ? row : 0) * stride + unit * 4, there);
-      row += rows_on, unit += units_on;
-      if (unit >= units) unit -= units, row++;
+  // T rows, `size` float4 apart in the tile and `stride` floats in memory, from the first on; zeros from row `valid` on.
+  __device__ void copy_rows(Walk w, float4* tile, int size, const float* from, int64_t stride, int valid) {
+    float4* to = tile + w.row * size + w.unit;
+    const float* at = from + w.row * stride + w.unit * 4;
+    while (w.row < T) {
+      const bool there = w.row < valid;
+      copy_async(to, there ? at : from, there);
+      w.row += w.rows_on, w.unit += w.units_on;
+      to += w.rows_on * size + w.units_on, at += w.rows_on * stride + w.units_on * 4;
+      if (w.unit >= w.units) w.unit -= w.units, w.row++, to += size - w.units, at += stride - w.units * 4;
     }
   }
   // Keys and values of positions [from, end) on their way into a stage.
   __device__ void fetch(int stage, int from, int end) {
-    copy_rows(keys(stage), key_size, head_units, group.key(from), group.key_stride, end - from);
-    copy_rows(values(stage), value_size, value_size, group.value(from), group.value_stride, end - from);
+    copy_rows(key_walk, keys(stage), key_size, group.key(from), group.key_stride, end - from);
+    copy_rows(value_walk, values(stage), value_size, group.value(from), group.value_stride, end - from);
     copy_commit();
   }
   // Key thread / lanes of the tile against all rows.
@@ -121,9 +134,9 @@ template <int R, int T> struct Block {
     }
   }
   // A thread has 4 channels of the values of some keys, a multiple of 4.
-  __device__ int value_groups() const { return threads / value_size; }
+  __device__ int value_groups() const { return value_walk.rows_on; }
   __device__ void add_values(int stage) {
-    const int g = thread / value_size, unit = thread % value_size, each = ceil_div(ceil_div(T, value_groups()), 4) * 4;
+    const int g = value_walk.row, unit = value_walk.unit;
     if (g >= value_groups()) return;
 #pragma unroll
     for (int r = 0; r < R; r++) sums[r].x *= shrink[r], sums[r].y *= shrink[r], sums[r].z *= shrink[r], sums[r].w *= shrink[r];

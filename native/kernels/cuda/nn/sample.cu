@@ -130,8 +130,12 @@ __device__ void start(const Job& j, Progress& p, Search search) {
 __device__ void descend(const Job& j, Progress& p, const Histogram& h, Search search, int level, bool begins) {
   constexpr int each = bins / threads;
   const int from = bins - 1 - int(threadIdx.x) * each;
-  Mass mass = 0, number = 0, all, unused;
-  for (int b = from; b > from - each; b--) mass += __ldcg(&h.mass[b]), number += __ldcg(&h.count[b]);
+  Mass masses[each], mass = 0, number = 0, all, unused;
+  uint32_t numbers[each];
+#pragma unroll
+  for (int i = 0; i < each; i++) masses[i] = __ldcg(&h.mass[from - i]), numbers[i] = __ldcg(&h.count[from - i]);
+#pragma unroll
+  for (int i = 0; i < each; i++) mass += masses[i], number += numbers[i];
   Mass above = sum_before(mass, &all);
   const Mass more = sum_before(number, &unused);
   if (begins && threadIdx.x == 0) {
@@ -143,15 +147,16 @@ __device__ void descend(const Job& j, Progress& p, const Histogram& h, Search se
   Mass reached = search == count ? more : above;
   __syncthreads();
   if (reached >= need || reached + own < need) return;
-  for (int b = from;; b--) {
-    const Mass mass_here = __ldcg(&h.mass[b]), more_here = search == count ? __ldcg(&h.count[b]) : mass_here;
+#pragma unroll
+  for (int i = 0; i < each; i++) {
+    const Mass more_here = search == count ? numbers[i] : masses[i];
     if (reached + more_here >= need) {
       p.need = need - reached;
       p.above += above;
-      p.prefix |= uint32_t(b) << shift_of(level);
+      p.prefix |= uint32_t(from - i) << shift_of(level);
       return;
     }
-    reached += more_here, above += mass_here;
+    reached += more_here, above += masses[i];
   }
 }
 
@@ -212,13 +217,18 @@ __global__ void find_kernel(Job j, int launch) {
     if (threadIdx.x == 0) j.s.ids[blockIdx.y] = int32_t(0xffffffffu - uint32_t(p.top));
     return;
   }
+  __shared__ uint32_t found[2];  // the block that it lies in, and which of its ids
   uint32_t left = p.index;
-  int64_t block = 0;
-  for (; block + 1 < gridDim.x; block++) {
-    const uint32_t here = __ldcg(matches + block);
-    if (left < here) break;
-    left -= here;
+  for (uint32_t first = 0; first < gridDim.x; first += threads) {
+    const uint32_t b = first + threadIdx.x, here = b < gridDim.x ? __ldcg(matches + b) : 0;
+    const Mass before = sum_before(here, &all);
+    if (before <= left && left < before + here) found[0] = b, found[1] = uint32_t(left - before);
+    if (left < all) break;
+    left -= uint32_t(all);
   }
+  __syncthreads();
+  const int64_t block = found[0];
+  left = found[1];
   const float* logits = j.s.logits + blockIdx.y * j.s.vocabulary;
   const int64_t end = min(j.s.vocabulary, (block + 1) * j.chunk);
   for (int64_t from = block * j.chunk; from < end; from += threads) {
