@@ -11,8 +11,9 @@ struct Grid {
   size_t shared = 0;
 };
 
-template <auto kernel, class... Args> cudaError_t launch_kernel(cudaStream_t, const Grid& grid, bool overlap, Args... args) {
-  return queue([=] {
+template <auto kernel, class... Args>
+cudaError_t launch_kernel(cudaStream_t stream, const Grid& grid, bool overlap, Args... args) {
+  return queue(stream, [=] {
     const char* error = emulation::run(grid.blocks, grid.threads, grid.shared, overlap, [=] { kernel(args...); });
     if (error) emulation::last_error = error;
     return error ? cudaErrorLaunchFailure : cudaSuccess;
