@@ -140,11 +140,12 @@ class CudaExecutor : public Executor {
       queue(from, to);
     } catch (...) { thrown = std::current_exception(); }
     const Status status = t().end_capture(stream_.context(), &graph_);
+    // An operation that cannot be recorded throws and spoils the recording; queued, it may run.
+    if (status != Status::ok) return capturable_ = false;
     if (thrown) {
       forget();
       std::rethrow_exception(thrown);
     }
-    if (status != Status::ok) return capturable_ = false;
     captured_ = key(from, to);
     stream_(t().launch(stream_.context(), graph_));
     return true;
