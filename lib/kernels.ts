@@ -60,7 +60,7 @@ export function cpuInfo(): { version: string; isa: string; isas: string[] } {
   return native().info();
 }
 
-/** The GPU that device 'cuda' stands for, or why there is none. Looks for the CUDA library and a device on the first call (docs/cuda.md). */
+/** The GPU that device 'cuda' stands for, or why there is none. Opens the CUDA library and the device on the first call that can (docs/cuda.md). */
 export function gpuInfo(): GpuInfo {
   return native().cuda();
 }

@@ -310,10 +310,17 @@ export interface Frame {
   dispose(): void;
 }
 
-/** A GPU, memory in bytes; or why there is none. */
+/**
+ * A GPU, memory in bytes; or why there is none to use. INVALID_ARGUMENT: this machine has no CUDA library or no GPU. The other codes: it has, but
+ * they do not work (a missing file that EAC_MOE_CUDA names, a library of another version, an old driver, a GPU that is busy or has failed).
+ */
 export type GpuInfo =
   | { available: true; name: string; computeCapability: string; totalMemory: number; freeMemory: number }
-  | { available: false; why: string };
+  | {
+      available: false;
+      code: 'INVALID_ARGUMENT' | 'FILE_NOT_FOUND' | 'DEVICE' | 'OUT_OF_MEMORY';
+      why: string;
+    };
 
 /** What this machine can do (native/kernels/bench/limits.h). */
 export interface MachineRates {
@@ -328,7 +335,7 @@ export interface MachineRates {
 export interface NativeBinding {
   /** e.g. { version: '0.1.0', isa: 'avx512', isas: ['baseline', 'avx2', 'avx512'] } */
   info(): { version: string; isa: string; isas: string[] };
-  /** The GPU that `cuda` stands for. Looks for the library and the device on the first call. */
+  /** The GPU that `cuda` stands for. Opens the library and the device on the first call that can. */
   cuda(): GpuInfo;
   setIsa(name: string): void;
   threads(): number;

@@ -15,7 +15,12 @@ import { Tokenizer, type ChatMessage } from './tokenizer';
 import { CheckpointWeights, layerMatrices } from './weights';
 
 export interface LoadOptions {
-  /** Where to compute. `auto` (default) takes the GPU where the CUDA library (`npm run build:cuda`) opens and a device answers, else the CPU. */
+  /**
+   * Where to compute. `auto` (default) takes the GPU where the CUDA library (`npm run build:cuda`) and a device are there, else the CPU. Where they are
+   * there but cannot be used (a library of another version, an old driver, a busy or failed GPU), it takes the CPU with a warning
+   * (`process.emitWarning`, code EAC_MOE_CUDA, once for each reason), and `cuda` throws. A GPU that works, but not for this model, is no reason for
+   * the CPU: see `gpuMemory`.
+   */
   device?: 'auto' | 'cpu' | 'cuda';
   /**
    * Bytes of GPU memory that the weights may take; default: what is free. Experts beyond it stay in pinned host memory, and each layer's are
@@ -116,7 +121,7 @@ export class MoeModel {
     const device = setDevice(options);
     const activations = checkActivations(options.activations ?? 'int8');
     const { gpuMemory } = options;
-    if (gpuMemory !== undefined && !(Number.isFinite(gpuMemory) && gpuMemory > 0)) {
+    if (gpuMemory !== undefined && !(Number.isFinite(gpuMemory) && gpuMemory >= 1)) {
       throw new EacMoeError(
         'INVALID_ARGUMENT',
         `gpuMemory must be a positive number of bytes; found ${gpuMemory}`,
@@ -182,7 +187,7 @@ export class MoeModel {
   /**
    * Runs token ids through the model.
    *
-   * @throws EacMoeError INVALID_ARGUMENT for an empty list or ids outside the vocabulary, ABORTED
+   * @throws EacMoeError INVALID_ARGUMENT for an empty list, ids outside the vocabulary or a cache that another run is at, ABORTED
    */
   async forward(ids: ArrayLike<number>, options: ForwardOptions = {}): Promise<ForwardResult> {
     const { decoder } = this.#live();
@@ -276,6 +281,8 @@ export function checkActivations(activations: Activations): Activations {
   );
 }
 
+const warned = new Set<string>();
+
 /** Applies `threads`; resolves `device`. */
 export function setDevice({ device = 'auto', threads }: LoadOptions): Device {
   if (!['auto', 'cpu', 'cuda'].includes(device)) {
@@ -290,8 +297,18 @@ export function setDevice({ device = 'auto', threads }: LoadOptions): Device {
   if (device === 'cpu') return device;
   const cuda = native().cuda();
   if (cuda.available) return 'cuda';
-  if (device === 'auto') return 'cpu';
-  throw new EacMoeError('INVALID_ARGUMENT', `device 'cuda': ${cuda.why}; use 'auto' or 'cpu'`);
+  if (device === 'cuda') throw new EacMoeError(cuda.code, `device 'cuda': ${cuda.why}; use 'auto' or 'cpu'`);
+  // Nobody expects a GPU where there is none.
+  if (cuda.code !== 'INVALID_ARGUMENT' && !warned.has(cuda.why)) {
+    warned.add(cuda.why);
+    process.emitWarning(
+      `device 'auto' takes the CPU: ${cuda.why}. device 'cpu' does so without this warning`,
+      {
+        code: 'EAC_MOE_CUDA',
+      },
+    );
+  }
+  return 'cpu';
 }
 
 function checkIds(ids: ArrayLike<number>, vocabSize: number): Int32Array {

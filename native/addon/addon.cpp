@@ -22,21 +22,21 @@ Napi::Value info_object(Info info) {
   o["isas"] = names;
   return o;
 }
-// The GPU, or why there is none. Opens the library on the first call.
+// The GPU, or why it cannot be used. Opens it on the first call.
 Napi::Value cuda_object(Info info) {
   Napi::Object o = Napi::Object::New(info.Env());
-  std::string why;
-  cuda::Gpu* gpu = cuda::gpu(&why);
-  o["available"] = gpu != nullptr;
-  if (!gpu) {
-    o["why"] = why;
-    return o;
+  try {
+    const cuda::DeviceInfo device = cuda::gpu().info();
+    o["available"] = true;
+    o["name"] = std::string(device.name);
+    o["computeCapability"] = std::to_string(device.major) + "." + std::to_string(device.minor);
+    o["totalMemory"] = double(device.total_memory);
+    o["freeMemory"] = double(device.free_memory);
+  } catch (const Error& e) {
+    o["available"] = false;
+    o["code"] = e.code;
+    o["why"] = std::string(e.what());
   }
-  const cuda::DeviceInfo device = gpu->info();
-  o["name"] = std::string(device.name);
-  o["computeCapability"] = std::to_string(device.major) + "." + std::to_string(device.minor);
-  o["totalMemory"] = double(device.total_memory);
-  o["freeMemory"] = double(device.free_memory);
   return o;
 }
 Napi::Value set_isa(Info info) {
@@ -94,12 +94,9 @@ Backend& backend_from(const Napi::Value& v) {
   const std::string name = v.IsUndefined() || v.IsNull() ? "cpu" : v.ToString().Utf8Value();
   if (name == "cpu") return cpu_backend();
   if (name != "cuda") throw_invalid("device must be 'cpu' or 'cuda', found '" + name + "'");
-  std::string why;
-  Backend* backend = cuda::backend(&why);
-  if (!backend) throw_invalid("device 'cuda' cannot be used: " + why);
-  return *backend;
+  return cuda::backend();
 }
-Backend& backend_at(Device* device) { return device ? *cuda::backend() : cpu_backend(); }
+Backend& backend_at(Device* device) { return device ? cuda::backend() : cpu_backend(); }
 
 namespace {
 

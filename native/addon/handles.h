@@ -194,7 +194,7 @@ void define_calibration(Napi::Object exports);
 void define_convert(Napi::Object exports);
 void define_bench(Napi::Object exports);
 std::shared_ptr<Program> program_from(const Napi::Value& registers, const Napi::Value& ops, Backend& backend);
-// 'cpu' (or nothing) or 'cuda'; throws Error("INVALID_ARGUMENT") where there is no such device.
+// 'cpu' (or nothing) or 'cuda'; throws Error: INVALID_ARGUMENT where there is no such device, else as cuda::gpu() does.
 Backend& backend_from(const Napi::Value& v);
 // Whose memory this is; null: the host's.
 Backend& backend_at(Device* device);

@@ -8,7 +8,13 @@ Frame::Frame(std::shared_ptr<const Program> program)
       bound_(program_->registers.size(), false),
       executor_(program_->backend->executor(*this)) {}
 
+void Frame::release_caches() {
+  for (Sequence& s : sequences_)
+    if (s.cache && s.cache->frame == this) s.cache->frame = nullptr;
+}
+
 void Frame::begin(std::vector<int32_t> ids, std::vector<Sequence> sequences) {
+  release_caches();
   int64_t row = 0;
   for (size_t i = 0; i < sequences.size(); i++) {
     Sequence& s = sequences[i];
@@ -23,11 +29,15 @@ void Frame::begin(std::vector<int32_t> ids, std::vector<Sequence> sequences) {
   require(ids.empty() || int64_t(ids.size()) == row, "the number of token ids differs from the lengths of the sequences");
   for (Sequence& s : sequences) {
     if (!s.cache) continue;
+    // It would begin at the wrong position, and memory that grows would move under the other one.
+    require(!s.cache->frame, "the key-value cache is in use by another run");
     require(s.cache->device == program_->backend->memory(), "the key-value cache lies on another device than the program");
     s.cache->reserve(s.position + s.length);
   }
   ids_ = std::move(ids);
   sequences_ = std::move(sequences);
+  for (Sequence& s : sequences_)
+    if (s.cache) s.cache->frame = this;
   last_rows_.resize(sequences_.size());
   for (size_t i = 0; i < last_rows_.size(); i++) last_rows_[i].begin = int64_t(i), last_rows_[i].length = 1;
   tokens_ = row;
@@ -91,6 +101,7 @@ Tensor Frame::fresh(const RegisterSpec& spec, int64_t rows) const {
 void Frame::commit() {
   for (Sequence& s : sequences_)
     if (s.cache) s.cache->length = s.position + s.length;
+  release_caches();
 }
 
 Tensor Frame::tensor(op::Register r) const {

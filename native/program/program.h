@@ -40,6 +40,7 @@ struct Pruning {
 class Frame {
  public:
   explicit Frame(std::shared_ptr<const Program> program);
+  ~Frame() { release_caches(); }
 
   void begin(std::vector<int32_t> ids, std::vector<Sequence> sequences);
   void bind(op::Register r, std::optional<Tensor> memory);
@@ -74,6 +75,7 @@ class Frame {
 
  private:
   Tensor fresh(const RegisterSpec& spec, int64_t rows) const;
+  void release_caches();
 
   std::shared_ptr<const Program> program_;
   std::vector<Tensor> memory_;  // capacity rows × width, grow-only

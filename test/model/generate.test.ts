@@ -170,3 +170,20 @@ test.each([
 test('ids outside the vocabulary are refused', async () => {
   await expectRejection(generate({}, [1, 4096]), 'INVALID_ARGUMENT', '4096', '4095');
 });
+
+test('a key-value cache serves one run at a time, and is free again after one that was aborted', async () => {
+  const ids = model.tokenizer.encode(prompt);
+  const cache = model.createCache();
+  const abort = new AbortController();
+  const aborted = model.forward(ids, { cache, signal: abort.signal });
+  const second = model.forward(ids, { cache });
+  abort.abort();
+  await expectRejection(second, 'INVALID_ARGUMENT', 'cache is in use by another run');
+  await expectRejection(aborted, 'ABORTED');
+  expect(cache.length).toBe(0);
+  for (const n of [1, 2]) {
+    await model.forward(ids, { cache, logits: 'none' });
+    expect(cache.length).toBe(n * ids.length);
+  }
+  cache.dispose();
+});

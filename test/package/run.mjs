@@ -84,6 +84,16 @@ function contents(tarball) {
     assert(files.includes(`package/${file}`), `${file} is not in the tarball`);
   }
   assert(has(/^package\/scripts\/(install|sources)\.js$/));
+  const cuda = readdirSync(path.join(root, 'native/kernels/cuda'), { recursive: true, withFileTypes: true })
+    .filter((entry) => entry.isFile())
+    .map((entry) => path.relative(root, path.join(entry.parentPath ?? entry.path, entry.name)));
+  assert(cuda.length > 20);
+  for (const file of ['scripts/cuda/build', 'scripts/cuda/CMakeLists.txt', ...cuda]) {
+    assert(
+      files.includes(`package/${file}`),
+      `npm run build:cuda needs ${file}, which is not in the tarball`,
+    );
+  }
   assert(
     !has(/^package\/(lib|test|models|build[\w-]*|docs\/api|node_modules|\.ci)\//),
     'the tarball holds what it should not',
@@ -112,6 +122,31 @@ function project(name, tarball, ...flags) {
   must(directory, 'npm', 'install', '--no-audit', '--no-fund', '--prefer-offline', ...flags, tarball);
   cpSync(path.join(here, 'consumer'), directory, { recursive: true });
   return directory;
+}
+
+/** Where nvcc and CMake are, the build is set up, and make told to find all it needs; the clone's own build compiles. */
+function cudaBuild(directory) {
+  const find = (command) => run(work, 'sh', '-c', command).stdout.trim();
+  const nvcc = find('command -v nvcc || ls /usr/local/cuda/bin/nvcc 2> /dev/null'); // as scripts/cuda/build
+  const cmake = find('command -v cmake');
+  if (!nvcc || !cmake) {
+    const said = run(path.join(directory, 'node_modules', 'eac-moe'), 'npm', 'run', 'build:cuda');
+    assert.match(said.text, /no nvcc found|no cmake found/);
+    return;
+  }
+  const out = path.join(work, 'cuda');
+  const source = path.join(directory, 'node_modules', 'eac-moe', 'scripts', 'cuda');
+  must(
+    work,
+    cmake,
+    '-S',
+    source,
+    '-B',
+    out,
+    `-DCMAKE_CUDA_COMPILER=${nvcc}`,
+    '-DCMAKE_CUDA_ARCHITECTURES=90',
+  );
+  assert.match(must(work, cmake, '--build', out, '--target', 'eac_moe_cuda', '--', '-n'), /eac_moe_cuda\.so/);
 }
 
 function typescript(directory) {
@@ -173,6 +208,7 @@ try {
     must(directory, path.join(directory, 'node_modules', '.bin', 'eac-moe'), '--help'),
   );
   step('TypeScript consumers', () => typescript(directory));
+  step('CUDA library', () => cudaBuild(directory));
   step('install without a binary, then build by the command the error names', () => withoutBinary(tarball));
   console.log(`package: ${passed} passed, 0 failed`);
 } catch (error) {

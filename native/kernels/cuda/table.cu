@@ -13,7 +13,10 @@ template <class F> Status guarded(Context* c, F body) {
     body();
     return Status::ok;
   } catch (const Failure& f) {
-    c->error = f.message;
+    size_t free = 0, total = 0;
+    // Some errors, as of an illegal memory access, stay as long as the process.
+    const bool lost = f.status == Status::failed && c->stream && cudaMemGetInfo(&free, &total) != cudaSuccess;
+    c->error = f.message + (lost ? "; this process cannot use the GPU any more" : "");
     return f.status;
   } catch (const std::bad_alloc&) {
     c->error = "out of memory";
@@ -29,11 +32,17 @@ template <class Arguments, void (*f)(Context&, const Arguments&)> Status run(Con
 }
 
 int32_t probe(char* why, size_t size) {
-  int count = 0;
+  int count = 0, driver = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);
   if (status == cudaSuccess && count > 0) return count;
-  std::snprintf(why, size, "%s", status == cudaSuccess ? "no CUDA device" : cudaGetErrorString(status));
-  return 0;
+  (void)cudaGetLastError();
+  (void)cudaDriverGetVersion(&driver);  // 0: none is installed, which cudaGetDeviceCount takes for one that is too old
+  const char* const error = status == cudaSuccess ? "no CUDA device" : cudaGetErrorString(status);
+  if (status == cudaErrorInsufficientDriver && driver > 0)
+    std::snprintf(why, size, "%s (the driver is of CUDA %d.%d; update it)", error, driver / 1000, driver % 1000 / 10);
+  else
+    std::snprintf(why, size, "%s", driver == 0 ? "no NVIDIA driver" : error);
+  return driver == 0 || status == cudaSuccess || status == cudaErrorNoDevice ? 0 : -1;
 }
 
 Status describe(int32_t device, DeviceInfo* info) {
@@ -59,6 +68,12 @@ Status open(int32_t device, Context** context) {
   *context = c;  // also on failure: it holds the message
   return guarded(c, [&] {
     check(cudaDeviceGetAttribute(&c->multiprocessors, cudaDevAttrMultiProcessorCount, device), "opening the GPU");
+    int major = 0, minor = 0;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "opening the GPU");
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "opening the GPU");
+    if (major < 8)
+      throw Failure{Status::failed, "it has compute capability " + std::to_string(major) + "." + std::to_string(minor) +
+                                        "; 8.0 or newer is needed"};
     check(cudaStreamCreateWithFlags(&c->stream, cudaStreamNonBlocking), "creating a stream");
     find_features(*c);
   });

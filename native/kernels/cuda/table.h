@@ -11,7 +11,7 @@
 
 namespace eac::cuda {
 
-inline constexpr uint32_t table_version = 2;
+inline constexpr uint32_t table_version = 3;
 
 enum class Status : int32_t { ok, invalid_argument, out_of_memory, not_positive_definite, non_finite, failed };
 
@@ -278,7 +278,7 @@ struct Table {
   uint32_t version;
   size_t bytes;  // of this struct
 
-  // How many devices answer; 0: `why` says what is missing.
+  // How many devices answer; `why` says what is missing where there are none (0), what is wrong where none answers (-1).
   int32_t (*probe)(char* why, size_t size);
   Status (*describe)(int32_t device, DeviceInfo* info);
   Status (*open)(int32_t device, Context** context);

@@ -20,8 +20,9 @@ class KvCache {
   explicit KvCache(std::vector<Widths> widths, Device* device = nullptr)
       : device(device), widths_(std::move(widths)), keys_(widths_.size()), values_(widths_.size()) {}
 
-  Device* const device;  // null: the host
-  int64_t length = 0;    // tokens that count; those beyond are scratch of the batch in flight
+  Device* const device;         // null: the host
+  int64_t length = 0;           // tokens that count; those beyond are scratch of the batch in flight
+  const void* frame = nullptr;  // whose batch is in flight: from its begin() to its commit(), or its next begin()
 
   size_t layers() const { return widths_.size(); }
   Widths widths(size_t layer) const { return widths_[layer]; }

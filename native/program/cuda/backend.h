@@ -1,11 +1,9 @@
 #pragma once
-#include <string>
-
 #include "program/backend.h"
 
 namespace eac::cuda {
 
-// Runs programs on the first GPU. Null where there is none; `why` then says so.
-Backend* backend(std::string* why = nullptr);
+// Runs programs on the first GPU. Throws as gpu() does.
+Backend& backend();
 
 }  // namespace eac::cuda

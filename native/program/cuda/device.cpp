@@ -4,15 +4,12 @@ namespace eac::cuda {
 
 Stream::Stream(const Table& table) : table_(table) {
   const Status status = table_.open(0, &context_);
-  if (status == Status::ok) return;
-  const Error error = [&] {
-    try {
-      check(table_, context_, status);
-    } catch (const Error& e) { return e; }
-    return Error("DEVICE", "the GPU cannot be opened");
-  }();
-  if (context_) table_.close(context_);
-  throw error;
+  try {
+    (*this)(status);
+  } catch (const Error& e) {
+    if (context_) table_.close(context_);
+    throw Error(e.code, std::string("the GPU cannot be opened: ") + e.what());
+  }
 }
 Stream::~Stream() { table_.close(context_); }
 
@@ -44,9 +41,11 @@ void Gpu::copy(void* to, const void* from, size_t bytes) {
   run([&](const Stream& s) { s(s.table().copy(s.context(), to, from, bytes)); });
 }
 
-DeviceInfo Gpu::info() const {
+DeviceInfo Gpu::info() {
   DeviceInfo info{};
-  check(table(), nullptr, table().describe(0, &info));
+  const Status status = table().describe(0, &info);
+  if (status != Status::ok) run([](const Stream&) {});  // its error says what is the matter
+  check(table(), nullptr, status);
   return info;
 }
 
@@ -62,11 +61,9 @@ Tensor Gpu::take(const Tensor& t) {
   return copy;
 }
 
-Gpu* gpu(std::string* why) {
-  const Table* table = library(why);
-  if (!table) return nullptr;
+Gpu& gpu() {
   // Never destroyed: handles may outlive every static object.
-  static Gpu* const found = new Gpu(*table);
+  static Gpu& found = *new Gpu(library());
   return found;
 }
 

@@ -41,13 +41,19 @@ class Gpu : public Device {
   void copy(void* to, const void* from, size_t bytes) override;
 
   const Table& table() const { return stream_.table(); }
-  DeviceInfo info() const;
+  // Throws what the driver says, where an error has made the GPU useless to this process.
+  DeviceInfo info();
   // Gives back what the operations of calibration worked with. Done by itself where memory runs out.
   void trim();
-  // Runs body(stream) alone on the device's own stream, and waits.
+  // Runs body(stream) alone on the device's own stream, and waits, also where it throws.
   template <class F> void run(F&& body) {
     const std::lock_guard lock(mutex_);
-    body(static_cast<const Stream&>(stream_));
+    try {
+      body(static_cast<const Stream&>(stream_));
+    } catch (...) {
+      table().synchronize(stream_.context());
+      throw;
+    }
     stream_.synchronize();
   }
   // A copy in the device's memory of any tensor, or the tensor itself if it lies there.
@@ -63,7 +69,7 @@ class Gpu : public Device {
   std::mutex mutex_;
 };
 
-// Null where there is none; `why` then says so.
-Gpu* gpu(std::string* why = nullptr);
+// Opened on the first call that can. Throws as library() does, and DEVICE or OUT_OF_MEMORY where the GPU cannot be opened now: the next call tries again.
+Gpu& gpu();
 
 }  // namespace eac::cuda

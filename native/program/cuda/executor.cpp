@@ -65,12 +65,12 @@ class CudaExecutor : public Executor {
 
   void run(size_t from, size_t to) override {
     if (!prepared_) prepared_ = weights_.prepare(frame_.program());
-    if (seen_ != frame_.batch()) describe();
-    for (size_t i = from; i < to; i++) std::visit([&](const auto& o) { check(o); }, frame_.program().ops[i]);
     std::unique_lock<std::mutex> alone;  // two runs would want the same places
     copies_ = !reads_host(from, to);
     if (copies_) alone = staging()->lock();
     try {
+      if (seen_ != frame_.batch()) describe();
+      for (size_t i = from; i < to; i++) std::visit([&](const auto& o) { check(o); }, frame_.program().ops[i]);
       submit(from, to);
     } catch (...) {
       // Nothing queued outlives the run: the registers and the staged experts' places may be another's next.
@@ -140,11 +140,12 @@ class CudaExecutor : public Executor {
       queue(from, to);
     } catch (...) { thrown = std::current_exception(); }
     const Status status = t().end_capture(stream_.context(), &graph_);
+    // An operation that cannot be recorded throws and spoils the recording; queued, it may run.
+    if (status != Status::ok) return capturable_ = false;
     if (thrown) {
       forget();
       std::rethrow_exception(thrown);
     }
-    if (status != Status::ok) return capturable_ = false;
     captured_ = key(from, to);
     stream_(t().launch(stream_.context(), graph_));
     return true;
@@ -372,10 +373,8 @@ class CudaBackend : public Backend {
 
 }  // namespace
 
-Backend* backend(std::string* why) {
-  Gpu* const device = gpu(why);
-  if (!device) return nullptr;
-  static CudaBackend* const found = new CudaBackend(*device);
+Backend& backend() {
+  static CudaBackend& found = *new CudaBackend(gpu());
   return found;
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <set>
 
 #include "core/thread_pool.h"
 
@@ -128,7 +129,21 @@ struct Preparer {
   }
 };
 
-std::vector<bool> Weights::choose_staged(const Program& program, size_t limit) const {
+std::vector<size_t> Weights::first_with(const Program& program) {
+  std::map<std::vector<Key>, size_t> seen;
+  std::vector<size_t> first(program.ops.size());
+  for (size_t i = 0; i < first.size(); i++) {
+    first[i] = i;
+    const auto* e = std::get_if<op::Experts>(&program.ops[i]);
+    if (!e) continue;
+    std::vector<Key> keys;
+    each_matrix(e->experts, [&](const Matrix& m) { keys.push_back(key_of(m)); });
+    first[i] = seen.try_emplace(std::move(keys), i).first->second;
+  }
+  return first;
+}
+
+std::vector<bool> Weights::choose_staged(const Program& program, const std::vector<size_t>& first, size_t limit) const {
   const auto room_now = [&] {
     const DeviceInfo info = gpu_.info();
     const size_t reserve = size_t(info.total_memory) / 20, free = size_t(info.free_memory);
@@ -136,7 +151,10 @@ std::vector<bool> Weights::choose_staged(const Program& program, size_t limit) c
   };
   size_t fixed = 0, all = 0, largest = 0;
   std::vector<size_t> experts(program.ops.size(), 0);
-  const auto add = [&](const Matrix& m, size_t& sum) { sum += find(m) ? 0 : total(bytes_of(gpu_.table(), m)); };
+  std::set<Key> seen;  // a program may use a matrix several times
+  const auto add = [&](const Matrix& m, size_t& sum) {
+    if (seen.insert(key_of(m)).second && !find(m)) sum += total(bytes_of(gpu_.table(), m));
+  };
   for (size_t i = 0; i < program.ops.size(); i++) {
     if (const auto* l = std::get_if<op::Linear>(&program.ops[i])) add(l->weight, fixed);
     if (const auto* e = std::get_if<op::Embed>(&program.ops[i])) add(Matrix(e->table), fixed);
@@ -159,7 +177,7 @@ std::vector<bool> Weights::choose_staged(const Program& program, size_t limit) c
                                      ". Use fewer bits, a GPU with more memory, or device 'cpu'");
   size_t left = room - least;
   for (size_t i = 0; i < program.ops.size(); i++) {
-    staged[i] = experts[i] > left;
+    staged[i] = first[i] < i ? staged[first[i]] : experts[i] > left;
     left -= staged[i] ? left : experts[i];  // from the first that does not fit on, none does
   }
   return staged;
@@ -211,7 +229,8 @@ std::shared_ptr<const PreparedProgram> Weights::prepare(const Program& program, 
   const std::lock_guard lock(mutex_);
   if (program.prepared) return std::static_pointer_cast<const PreparedProgram>(program.prepared);
   std::erase_if(entries_, [](const auto& e) { return e.second.matrix.expired(); });
-  const std::vector<bool> staged = choose_staged(program, limit);
+  const std::vector<size_t> first = first_with(program);
+  const std::vector<bool> staged = choose_staged(program, first, limit);
   auto all = std::make_shared<PreparedProgram>();
   std::vector<HostExperts> on_host;
   for (size_t i = 0; i < program.ops.size(); i++) {
@@ -219,9 +238,13 @@ std::shared_ptr<const PreparedProgram> Weights::prepare(const Program& program, 
     Preparer preparer{*this, staged[i], {}};
     std::visit(preparer, program.ops[i]);
     if (staged[i]) {
-      on_host.push_back(to_host(std::get<op::Experts>(program.ops[i]).experts, i));
-      preparer.add_biases(std::get<op::Experts>(program.ops[i]).experts, on_host.back().experts);
-      preparer.p.experts = on_host.back().experts;
+      const auto& experts = std::get<op::Experts>(program.ops[i]).experts;
+      const auto same = std::find_if(on_host.begin(), on_host.end(), [&](const HostExperts& h) { return h.op == first[i]; });
+      HostExperts host = same == on_host.end() ? to_host(experts, i) : *same;  // which shares its block
+      host.op = i;
+      preparer.add_biases(experts, host.experts);
+      preparer.p.experts = host.experts;
+      on_host.push_back(std::move(host));
     }
     all->ops.push_back(std::move(preparer.p));
   }

@@ -54,8 +54,10 @@ class Weights {
   // The device's copy, if there is one.
   std::shared_ptr<const DeviceMatrix> find(const Matrix& m) const;
   DeviceMatrix copy(const Matrix& m);
-  // Which operations' experts do not fit.
-  std::vector<bool> choose_staged(const Program& program, size_t limit) const;
+  // Which operations' experts do not fit. `first`: see first_with.
+  std::vector<bool> choose_staged(const Program& program, const std::vector<size_t>& first, size_t limit) const;
+  // By operation, the first one that has the same experts; its own number where it has none.
+  static std::vector<size_t> first_with(const Program& program);
   HostExperts to_host(const eac::Experts& e, size_t op);
 
   Gpu& gpu_;

@@ -46,14 +46,15 @@ template <Role role> __device__ __forceinline__ Job job_of(const Spot& at, const
           min(int(pairs * (at.part + 1) / parts) * pair_units, units)};
 }
 
-__device__ __forceinline__ void store_hidden(const Stream& s, const Spot& at, const Results<Wide>& r) {
+// factors: of the place, a token each.
+__device__ __forceinline__ void store_hidden(const Stream& s, const Spot& at, const Results<Wide>& r, const float* factors) {
   constexpr int width = Wide::channels / 2;
   const Expert* expert = s.biases ? expert_of(s, at) : nullptr;
   const int channels = at.place < s.places ? s.channels : s.shared_channels;
   for (int i = threadIdx.x; i < width * s.n; i += stream_threads) {
     const int row = i / width, k = i % width;
     const int channel = at.channel + k;
-    const float factor = s.factor[at.place * s.n + row];
+    const float factor = factors[row];
     float v = 0;  // also the padding, and what no token chose
     if (channel < channels && factor != 0) {
       const float gate = r.get(0, k, row) + (expert && expert->gate_bias ? expert->gate_bias[channel] : 0.f);
@@ -75,6 +76,7 @@ __device__ __forceinline__ void store_out(const Stream& s, const Spot& at, const
 
 template <Role role, int tiles, bool exact>
 __global__ __launch_bounds__(stream_threads, tiles == 1 ? 3 : 2) void stream_kernel(Stream s) {
+  __shared__ float factors[stream_rows];
   float totals[Wide::panels][tiles][4] = {};
   {
     const Spot at = spot_of<role>(s);
@@ -82,12 +84,14 @@ __global__ __launch_bounds__(stream_threads, tiles == 1 ? 3 : 2) void stream_ker
     const Expert* expert = expert_of(s, at);
     if (!expert) return wait_for_earlier();
     const int64_t row = role == Role::down ? int64_t(at.place) * s.n : 0;
-    multiply<Wide>(job_of<role>(at, expert), PlaneInputs<tiles, exact>(s.in, row, s.n, threadIdx.x % 32), totals);
+    multiply<Wide>(job_of<role>(at, expert), PlaneInputs<tiles, exact>(s.in, row, s.n, threadIdx.x % 32), totals, [&] {
+      if (role == Role::gate_up && threadIdx.x < s.n) factors[threadIdx.x] = s.factor[at.place * s.n + threadIdx.x];
+    });
   }
   const Results<Wide>& results = results_of<Wide, exact>(totals);
   const Spot at = spot_of<role>(s);  // once more, rather than in registers meanwhile
   if (role == Role::gate_up)
-    store_hidden(s, at, results);
+    store_hidden(s, at, results, factors);
   else
     store_out(s, at, results);
 }

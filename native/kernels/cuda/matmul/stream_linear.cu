@@ -20,21 +20,31 @@ __global__ __launch_bounds__(stream_threads, tiles == 1 ? 3 : 2) void linear_ker
   const int lane = threadIdx.x % 32;
   const Job j{l.weight, int(first / unit_rows) + Layout::half() * Layout::panels, 0, int(units_of(int(cols)))};
   float totals[Layout::panels][tiles][4] = {};
+  // A thread's results: what is added to them is read ahead.
+  constexpr int each = int(ceil_div<int64_t>(Layout::channels * few_rows, stream_threads)),
+                half_channels = Layout::channels / Layout::halves;
+  float before[each] = {};
+  const auto for_results = [&](auto f) {
+#pragma unroll
+    for (int r = 0; r < each; r++) {
+      const int i = int(threadIdx.x) + r * stream_threads, row = i / Layout::channels, k = i % Layout::channels;
+      const int64_t channel = first + k;
+      if (row < l.n && channel < l.weight.rows) f(row, k, channel, l.out[row * l.weight.rows + channel], before[r]);
+    }
+  };
+  const auto begin = [&] {
+    for_results([&](int, int, int64_t channel, float& out, float& v) {
+      if (l.bias) v = load_float(l.bias_storage, l.bias, channel);
+      if (l.add) v += out;
+    });
+  };
   if constexpr (narrow)
-    multiply<Layout>(j, FloatInputs<tiles, exact>(l.x, cols, l.n, lane), totals);
+    multiply<Layout>(j, FloatInputs<tiles, exact>(l.x, cols, l.n, lane), totals, begin);
   else
-    multiply<Layout>(j, PlaneInputs<tiles, exact>(in, 0, l.n, lane), totals);
+    multiply<Layout>(j, PlaneInputs<tiles, exact>(in, 0, l.n, lane), totals, begin);
   const Results<Layout>& results = results_of<Layout, exact>(totals);
-  constexpr int half_channels = Layout::channels / Layout::halves;
-  for (int i = threadIdx.x; i < Layout::channels * l.n; i += stream_threads) {
-    const int row = i / Layout::channels, k = i % Layout::channels;
-    const int64_t channel = first + k;
-    if (channel >= l.weight.rows) continue;
-    float v = results.get(k / half_channels, k % half_channels, row);
-    if (l.bias) v += load_float(l.bias_storage, l.bias, channel);
-    float* to = l.out + row * l.weight.rows + channel;
-    *to = l.add ? *to + v : v;
-  }
+  for_results(
+      [&](int row, int k, int64_t, float& out, float v) { out = v + results.get(k / half_channels, k % half_channels, row); });
 }
 
 template <class Layout> void launch_layout(Context& c, const Linear& l, const Planes& in) {

@@ -194,8 +194,9 @@ __device__ __forceinline__ void multiply_pair(const Units<Layout, bits, groups>&
   }
 }
 
-template <class Layout, int bits, int groups, class Inputs, int tiles>
-__device__ __forceinline__ void multiply_units(const Job& j, const Inputs& inputs, float (&totals)[Layout::panels][tiles][4]) {
+template <class Layout, int bits, int groups, class Inputs, int tiles, class Begin>
+__device__ __forceinline__ void multiply_units(const Job& j, const Inputs& inputs, float (&totals)[Layout::panels][tiles][4],
+                                               const Begin& begin) {
   using U = Units<Layout, bits, groups>;
   constexpr int step = Layout::step;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = j.begin + warp % Layout::parts * pair_units, end = j.end;
@@ -205,6 +206,7 @@ __device__ __forceinline__ void multiply_units(const Job& j, const Inputs& input
     copy_commit();
   }
   wait_for_earlier();
+  begin();
   Operand<tiles> b = {};
   if (first < end) inputs.load(first, b);
   int slot = 0, read = (U::slots - 1) * U::slot_bytes;
@@ -221,15 +223,22 @@ __device__ __forceinline__ void multiply_units(const Job& j, const Inputs& input
   }
 }
 
-// totals += this warp's job; waits for earlier launches when its first codes are under way.
-template <class Layout, class Inputs, int tiles>
-__device__ __forceinline__ void multiply(const Job& j, const Inputs& inputs, float (&totals)[Layout::panels][tiles][4]) {
+// totals += this warp's job; waits for earlier launches when its first codes are under way. begin(): then, for what else the results need, which
+// is there when they are.
+template <class Layout, class Inputs, int tiles, class Begin>
+__device__ __forceinline__ void multiply(const Job& j, const Inputs& inputs, float (&totals)[Layout::panels][tiles][4],
+                                         const Begin& begin) {
   // Groups end where pairs do, or there is one.
   const bool whole = j.weight.group_size >= j.weight.cols || uint32_t(j.weight.group_size) / 32 % (2 * pair_units) == 0;
-  const int bits = j.weight.bits;
-  if (bits == 2) whole ? multiply_units<Layout, 2, 1>(j, inputs, totals) : multiply_units<Layout, 2, 4>(j, inputs, totals);
-  if (bits == 3) whole ? multiply_units<Layout, 3, 1>(j, inputs, totals) : multiply_units<Layout, 3, 4>(j, inputs, totals);
-  if (bits == 4) whole ? multiply_units<Layout, 4, 1>(j, inputs, totals) : multiply_units<Layout, 4, 4>(j, inputs, totals);
+  const auto run = [&]<int bits>() {
+    if (whole)
+      multiply_units<Layout, bits, 1>(j, inputs, totals, begin);
+    else
+      multiply_units<Layout, bits, 4>(j, inputs, totals, begin);
+  };
+  if (j.weight.bits == 2) run.template operator()<2>();
+  if (j.weight.bits == 3) run.template operator()<3>();
+  if (j.weight.bits == 4) run.template operator()<4>();
 }
 
 // Sums of the block's channels: of the warps that share them, in order. In the memory of the rings.

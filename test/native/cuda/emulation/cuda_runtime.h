@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "emulation.h"
+#include "streams.h"
 
 #define __global__
 #define __device__
@@ -156,18 +157,22 @@ template <class T> T __ldcs(const T* p) { return *p; }
 template <class A, class B> auto min(A a, B b) { return a < b ? a : b; }
 template <class A, class B> auto max(A a, B b) { return a > b ? a : b; }
 
-// Memory and streams. Everything is done at once, but for the last launch that the next one may overlap.
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorLaunchFailure = 719 };
+// Memory and streams. The next launch may overlap the last one.
+enum cudaError_t : int {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInsufficientDriver = 35,
+  cudaErrorNoDevice = 100,
+  cudaErrorIllegalAddress = 700,
+  cudaErrorLaunchFailure = 719
+};
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
 enum { cudaStreamNonBlocking = 1, cudaStreamCaptureModeThreadLocal = 1, cudaDevAttrMultiProcessorCount = 16 };
+enum { cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76 };
 enum { cudaEventDisableTiming = 2 };
-struct EmulatedStream {
-  bool behind_launch = false;  // what was queued last is a launch
-};
-using cudaStream_t = EmulatedStream*;
-using cudaEvent_t = struct EmulatedEvent*;
 namespace eac::emulation {
-using Queue = std::vector<std::function<cudaError_t()>>;
+using Queue = std::vector<Task>;
 // What has been queued since a capture began, or null.
 extern thread_local Queue* capturing;
 }  // namespace eac::emulation
@@ -186,7 +191,12 @@ inline const char* last_error = "";
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t e) {
-  return e == cudaErrorMemoryAllocation ? "out of memory" : e == cudaErrorLaunchFailure ? eac::emulation::last_error : "error";
+  switch (e) {
+    case cudaErrorMemoryAllocation: return "out of memory";
+    case cudaErrorIllegalAddress: return "an illegal memory access was encountered";
+    case cudaErrorLaunchFailure: return eac::emulation::last_error;
+    default: return "error";
+  }
 }
 inline cudaError_t cudaDriverGetVersion(int* v) { return *v = 13000, cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* n) { return *n = 1, cudaSuccess; }
@@ -196,7 +206,10 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
   p->major = 9, p->minor = 0, p->multiProcessorCount = 4;
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* v, int, int) { return *v = 4, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* v, int which, int) {
+  *v = which == cudaDevAttrMultiProcessorCount ? 4 : which == cudaDevAttrComputeCapabilityMajor ? 9 : 0;
+  return cudaSuccess;
+}
 // EAC_EMULATION_MEMORY: bytes that there are, for tests of what does not fit.
 inline size_t emulated_memory() {
   const char* m = std::getenv("EAC_EMULATION_MEMORY");
@@ -204,12 +217,14 @@ inline size_t emulated_memory() {
 }
 inline size_t emulated_used = 0;
 inline cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+  if (eac::emulation::lost()) return cudaErrorIllegalAddress;
   *total = emulated_memory();
   *free = *total > emulated_used ? *total - emulated_used : 0;
   return cudaSuccess;
 }
 inline cudaError_t cudaMalloc(void** p, size_t n) {
   if (eac::emulation::capturing) return cudaErrorInvalidValue;
+  if (eac::emulation::lost()) return cudaErrorIllegalAddress;
   if (emulated_used + n > emulated_memory()) return cudaErrorMemoryAllocation;
   unsigned char* raw = static_cast<unsigned char*>(std::aligned_alloc(256, (n + 511) / 256 * 256));
   if (!raw) return cudaErrorMemoryAllocation;
@@ -227,6 +242,7 @@ inline cudaError_t finish_launches() {
 }
 inline cudaError_t cudaFree(void* p) {
   if (!p) return cudaSuccess;
+  eac::emulation::finish_streams();
   const cudaError_t status = finish_launches();
   unsigned char* raw = static_cast<unsigned char*>(p) - 256;
   size_t n;
@@ -235,48 +251,62 @@ inline cudaError_t cudaFree(void* p) {
   std::free(raw);
   return status;
 }
-inline cudaError_t cudaMallocHost(void** p, size_t n) { return (*p = std::malloc(n)) ? cudaSuccess : cudaErrorMemoryAllocation; }
+inline cudaError_t cudaMallocHost(void** p, size_t n) {
+  if (!(*p = std::malloc(n))) return cudaErrorMemoryAllocation;
+  return eac::emulation::note_pinned(*p, n), cudaSuccess;
+}
 inline cudaError_t cudaFreeHost(void* p) {
+  eac::emulation::finish_streams();
   const cudaError_t status = finish_launches();
+  eac::emulation::note_pinned(p, 0);
   return std::free(p), status;
 }
-inline void queued(cudaStream_t s, bool launch) {
-  if (s) s->behind_launch = launch;
-}
-// Done at once, or noted down while a graph is captured.
-inline cudaError_t queue(std::function<cudaError_t()> work) {
-  if (!eac::emulation::capturing) return work();
+// Given to the stream, or noted down while a graph is captured.
+inline cudaError_t queue(cudaStream_t stream, eac::emulation::Task work, bool launch = false) {
+  eac::emulation::note_launch(stream, launch);
+  if (!eac::emulation::capturing) return eac::emulation::submit(stream, std::move(work));
   eac::emulation::capturing->push_back(std::move(work));
   return cudaSuccess;
 }
-inline cudaError_t queue_after_launches(cudaStream_t s, std::function<void()> work) {
-  queued(s, false);
-  return queue([=] {
+inline eac::emulation::Task after_launches(std::function<void()> work) {
+  return [=] {
     const cudaError_t status = finish_launches();
     if (status == cudaSuccess) work();
     return status;
-  });
+  };
 }
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind, cudaStream_t s) {
-  return queue_after_launches(s, [=] { std::memcpy(to, from, n); });
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind kind, cudaStream_t s) {
+  const auto copy = [=](const void* source) { return after_launches([=] { std::memcpy(to, source, n); })(); };
+  if (eac::emulation::capturing || kind != cudaMemcpyHostToDevice) return queue(s, [=] { return copy(from); });
+  eac::emulation::note_launch(s, false);
+  return eac::emulation::submit_copy(s, from, n, copy);
 }
 inline cudaError_t cudaMemsetAsync(void* p, int v, size_t n, cudaStream_t s) {
-  return queue_after_launches(s, [=] { std::memset(p, v, n); });
+  return queue(s, after_launches([=] { std::memset(p, v, n); }));
 }
-inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* s, unsigned) { return *s = new EmulatedStream, cudaSuccess; }
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* s, unsigned) {
+  return *s = eac::emulation::make_stream(), eac::emulation::lost() ? cudaErrorIllegalAddress : cudaSuccess;
+}
 // Not allowed while a graph is captured, as on the GPU.
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
-  return eac::emulation::capturing ? cudaErrorInvalidValue : finish_launches();
+inline cudaError_t cudaStreamSynchronize(cudaStream_t s) {
+  if (eac::emulation::capturing) return cudaErrorInvalidValue;
+  const cudaError_t queued = eac::emulation::finish_stream(s), last = finish_launches();
+  return queued != cudaSuccess ? queued : last;
 }
-inline cudaError_t cudaStreamDestroy(cudaStream_t s) { return delete s, cudaSuccess; }
-inline cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t, unsigned = 0) { return queued(s, false), cudaSuccess; }
-inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* e, unsigned) { return *e = nullptr, cudaSuccess; }
-inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return finish_launches(); }
-inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
-inline cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamDestroy(cudaStream_t s) { return cudaStreamSynchronize(s); }
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned = 0) {
+  eac::emulation::note_launch(s, false);
+  return eac::emulation::wait_for(s, e), cudaSuccess;
+}
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* e, unsigned) { return *e = eac::emulation::make_event(), cudaSuccess; }
+inline cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) {
+  const cudaError_t status = queue(s, finish_launches);
+  return eac::emulation::record(e, s), status;
+}
+inline cudaError_t cudaEventDestroy(cudaEvent_t e) { return eac::emulation::free_event(e), cudaSuccess; }
 // A graph is the list of what was queued meanwhile. One capture at a time.
 inline cudaError_t cudaStreamBeginCapture(cudaStream_t s, int) {
-  queued(s, false);
+  eac::emulation::note_launch(s, false);
   eac::emulation::capturing = new eac::emulation::Queue;
   return cudaSuccess;
 }
@@ -291,9 +321,10 @@ inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t* e, cudaGraph_t g, unsig
 }
 inline cudaError_t cudaGraphDestroy(cudaGraph_t g) { return delete g, cudaSuccess; }
 inline cudaError_t cudaGraphLaunch(cudaGraphExec_t g, cudaStream_t s) {
-  queued(s, false);
-  for (const auto& work : g->queue)
-    if (const cudaError_t status = work(); status != cudaSuccess) return status;
-  return cudaSuccess;
+  return queue(s, [all = g->queue] {
+    for (const auto& work : all)
+      if (const cudaError_t status = work(); status != cudaSuccess) return status;
+    return cudaSuccess;
+  });
 }
 inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t g) { return delete g, cudaSuccess; }

@@ -11,17 +11,20 @@ struct Grid {
   size_t shared = 0;
 };
 
-template <auto kernel, class... Args> cudaError_t launch_kernel(cudaStream_t s, const Grid& grid, bool overlap, Args... args) {
-  if (overlap && s && !s->behind_launch) {
+template <auto kernel, class... Args>
+cudaError_t launch_kernel(cudaStream_t stream, const Grid& grid, bool overlap, Args... args) {
+  if (overlap && !emulation::behind_launch(stream)) {
     emulation::last_error = "a launch overlaps with what is no launch";
     return cudaErrorLaunchFailure;
   }
-  queued(s, true);
-  return queue([=] {
-    const char* error = emulation::run(grid.blocks, grid.threads, grid.shared, overlap, [=] { kernel(args...); });
-    if (error) emulation::last_error = error;
-    return error ? cudaErrorLaunchFailure : cudaSuccess;
-  });
+  return queue(
+      stream,
+      [=] {
+        const char* error = emulation::run(grid.blocks, grid.threads, grid.shared, overlap, [=] { kernel(args...); });
+        if (error) emulation::last_error = error;
+        return error ? cudaErrorLaunchFailure : cudaSuccess;
+      },
+      true);
 }
 inline void let_next_start() { emulation::let_next_start(); }
 inline void wait_for_earlier() { emulation::wait_for_earlier(); }
