@@ -59,6 +59,7 @@ struct Event {
 // A launch overlaps with a launch only: behind copies, events and graphs, whose weights or lists it may read before it waits, it starts when they are done.
 template <auto kernel, class... Args> void launch(Context& c, const Grid& grid, Args... args) {
   if (grid.blocks.x == 0 || grid.blocks.y == 0 || grid.blocks.z == 0) return;  // nothing to do
+  if (c.overlap) divide_l1_alike<kernel>();
   check(launch_kernel<kernel>(c.stream, grid, c.overlap && c.behind_launch, args...), "a kernel launch");
   c.behind_launch = true;
 }

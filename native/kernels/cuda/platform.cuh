@@ -33,6 +33,18 @@ template <auto kernel> cudaError_t allow_shared(size_t bytes) {
   return status;
 }
 
+// Asks that a multiprocessor's L1 be divided for the kernel as it is for those with the most shared memory: one that wants it otherwise than the
+// launch before it could only start where that has ended.
+template <auto kernel> void divide_l1_alike() {
+  static const bool asked = [] {
+    if (cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributePreferredSharedMemoryCarveout,
+                             cudaSharedmemCarveoutMaxShared) != cudaSuccess)
+      (void)cudaGetLastError();  // it is a wish
+    return true;
+  }();
+  (void)asked;
+}
+
 // kernel<<<>>>(args...). Limit of shared memory for every architecture: 96 KB, and up to 1 KB declared; of Hopper's kernels 227 KB together.
 // overlap: it may start while the launch before it runs; see wait_for_earlier().
 template <auto kernel, class... Args>
