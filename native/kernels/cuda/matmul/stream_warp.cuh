@@ -3,7 +3,7 @@
 // METHOD      The rows are columns of one operand b of mma_bf16: 8 fast ones, or 4 exact ones as pairs of planes. A warp copies its units of codes
 //             through a ring in shared memory of its own, so that no warp waits for another before the sums are added; it fills the ring
 //             before the launches that make its inputs have ended. Inputs come from the L1, where blocks of the same slice find them again.
-// BOUND       Memory: codes and params once. Of two panels a unit of 1024 weights takes 67 (2 bit), 72 and 62 instructions of a warp, which an SM
+// BOUND       Memory: codes and params once. Of two panels a unit of 1024 weights takes 62 (2 bit), 72 and 67 instructions of a warp, which an SM
 //             issues in 16 to 18 cycles; at 4.1 TB/s on 132 SMs of 1.9 GHz a unit comes every 18 cycles (2 bit), 25 and 33.
 #pragma once
 #include "kernels/cuda/matmul/stream.cuh"
