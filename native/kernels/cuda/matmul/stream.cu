@@ -85,7 +85,7 @@ __global__ __launch_bounds__(stream_threads, tiles == 1 ? 3 : 2) void stream_ker
     if (!expert) return wait_for_earlier();
     const int64_t row = role == Role::down ? int64_t(at.place) * s.n : 0;
     multiply<Wide>(job_of<role>(at, expert), PlaneInputs<tiles, exact>(s.in, row, s.n, threadIdx.x % 32), totals, [&] {
-      if (role == Role::gate_up && threadIdx.x < s.n) factors[threadIdx.x] = s.factor[at.place * s.n + threadIdx.x];
+      if (role == Role::gate_up && int(threadIdx.x) < s.n) factors[threadIdx.x] = s.factor[at.place * s.n + threadIdx.x];
     });
   }
   const Results<Wide>& results = results_of<Wide, exact>(totals);
