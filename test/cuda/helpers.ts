@@ -5,7 +5,9 @@ import { native } from '../../lib/native';
 const root = join(__dirname, '../..');
 
 /** Whether the kernels run on the CPU (test/native/cuda/emulation), whose environment variables tests may set. */
-export const emulated = process.env.EAC_MOE_CUDA?.includes('emulated') ?? false;
+const emulated = process.env.EAC_MOE_CUDA?.includes('emulated') ?? false;
+
+export const testEmulated = emulated ? test : test.skip;
 
 /** describe(), or a loud skip where no CUDA library opens or no device answers. */
 export function describeOnCuda(title: string, body: () => void): void {

@@ -2,7 +2,7 @@
 import { statSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { scratch } from '../checkpoint/helpers';
-import { describeOnCuda, emulated, inProcess } from './helpers';
+import { describeOnCuda, inProcess, testEmulated } from './helpers';
 
 const bundled = join(__dirname, '../../models/trio-moe-9m');
 
@@ -16,7 +16,6 @@ const models = `
 
 describeOnCuda('device memory', () => {
   const dir = scratch();
-  const testEmulated = emulated ? test : test.skip;
 
   // 0.5 MB stay and 0.8 MB of scratch memory, of 3 MB.
   testEmulated('what calibration worked with goes back when it runs out', () => {

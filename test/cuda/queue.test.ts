@@ -1,13 +1,12 @@
 /** What waits for what: in processes of their own, whose emulated GPU works as late as it may, or as early, or fails for good. */
 import { join } from 'node:path';
 import { scratch } from '../checkpoint/helpers';
-import { describeOnCuda, emulated, inProcess } from './helpers';
+import { describeOnCuda, inProcess, testEmulated } from './helpers';
 
 const bundled = JSON.stringify(join(__dirname, '../../models/trio-moe-9m'));
 
 describeOnCuda('the queue', () => {
   const dir = scratch();
-  const testEmulated = emulated ? test : test.skip;
 
   // The first operation is queued when the second throws.
   testEmulated('nothing outlives a run that throws', () => {

@@ -4,7 +4,6 @@
 
 namespace eac::cuda {
 
-inline constexpr int64_t few_rows = 8;
 // gemv.cu: dense weights, n <= few_rows.
 void multiply_few_dense(Context& c, const Linear& l);
 // stream_linear.cu: the same for quantized ones.

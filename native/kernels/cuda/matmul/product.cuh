@@ -14,6 +14,9 @@
 
 namespace eac::cuda {
 
+// So many rows at most are streamed past: stream.cuh, stream_linear.cu, gemv.cu.
+inline constexpr int64_t few_rows = 8;
+
 enum class Role : int32_t { plain, gate_up, down };
 // Who multiplies: the tensor cores, from codes or from bf16 weights, or the CUDA cores in f32.
 enum class Path : int32_t { codes, bf16, scalar };

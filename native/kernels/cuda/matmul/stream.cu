@@ -10,8 +10,6 @@
 namespace eac::cuda {
 namespace {
 
-using Wide = Layout<2, 2>;
-
 // Blocks of gate_up: up to the end of the last pair of units, whose padding they write.
 int hidden_blocks(int64_t channels) { return int(plane_stride(channels, Order::lanes) / (Wide::channels / 2)); }
 
@@ -76,7 +74,7 @@ __device__ __forceinline__ void store_out(const Stream& s, const Spot& at, const
 
 template <Role role, int tiles, bool exact>
 __global__ __launch_bounds__(stream_threads, tiles == 1 ? 3 : 2) void stream_kernel(Stream s) {
-  __shared__ float factors[stream_rows];
+  __shared__ float factors[few_rows];
   float totals[Wide::panels][tiles][4] = {};
   {
     const Spot at = spot_of<role>(s);
@@ -97,12 +95,7 @@ __global__ __launch_bounds__(stream_threads, tiles == 1 ? 3 : 2) void stream_ker
 }
 
 template <Role role> void launch_role(Context& c, const Grid& grid, const Stream& s) {
-  if (!s.in.low)
-    launch<stream_kernel<role, 1, false>>(c, grid, s);
-  else if (s.n <= stream_rows / 2)
-    launch<stream_kernel<role, 1, true>>(c, grid, s);
-  else
-    launch<stream_kernel<role, 2, true>>(c, grid, s);
+  with_tiles(s.in.low, s.n, [&]<int tiles, bool exact>() { launch<stream_kernel<role, tiles, exact>>(c, grid, s); });
 }
 
 }  // namespace

@@ -9,8 +9,6 @@
 
 namespace eac::cuda {
 
-inline constexpr int64_t stream_rows = 8;
-
 // The experts that any of n tokens chose. There are places for as many as can be, most of them taken: with fewer slots than experts a place is
 // a slot, whose expert has it unless an earlier slot chose the same; else a place is an expert.
 struct Choice {
@@ -42,7 +40,7 @@ struct Stream {
   Activation activation;
   Planes hidden;              // ((places + 1) n, ...)
   float* out;                 // (slices, n, channels)
-  int slices, shared_slices;  // that each expert's product is cut into
+  int slices, shared_slices;  // down: that each expert's product is cut into
   int blocks, shared_blocks;  // of an expert's gate_up; multiply_stream() knows
 };
 

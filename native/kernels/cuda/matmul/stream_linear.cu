@@ -9,9 +9,6 @@
 namespace eac::cuda {
 namespace {
 
-using Wide = Layout<2, 2>;
-using Narrow = Layout<1, 1>;
-
 // in: of Wide.
 template <class Layout, int tiles, bool exact>
 __global__ __launch_bounds__(stream_threads, tiles == 1 ? 3 : 2) void linear_kernel(Linear l, Planes in) {
@@ -49,12 +46,8 @@ __global__ __launch_bounds__(stream_threads, tiles == 1 ? 3 : 2) void linear_ker
 
 template <class Layout> void launch_layout(Context& c, const Linear& l, const Planes& in) {
   const Grid grid = Layout::grid(dim3(unsigned(ceil_div<int64_t>(l.weight.rows, Layout::channels))));
-  if (l.precision == Precision::fast)
-    launch<linear_kernel<Layout, 1, false>>(c, grid, l, in);
-  else if (l.n <= few_rows / 2)
-    launch<linear_kernel<Layout, 1, true>>(c, grid, l, in);
-  else
-    launch<linear_kernel<Layout, 2, true>>(c, grid, l, in);
+  with_tiles(l.precision == Precision::exact, l.n,
+             [&]<int tiles, bool exact>() { launch<linear_kernel<Layout, tiles, exact>>(c, grid, l, in); });
 }
 
 }  // namespace

@@ -24,6 +24,19 @@ template <int halves_, int panels_> struct Layout {
   static Grid grid(dim3 blocks) { return {blocks, dim3(stream_threads), ring_bytes * stream_warps}; }
 };
 
+using Wide = Layout<2, 2>;
+using Narrow = Layout<1, 1>;
+
+// Calls f<tiles, exact>() with the tiles of columns that n rows take.
+template <class F> void with_tiles(bool exact, int64_t n, const F& f) {
+  if (!exact)
+    f.template operator()<1, false>();
+  else if (n <= few_rows / 2)
+    f.template operator()<1, true>();
+  else
+    f.template operator()<2, true>();
+}
+
 // What a warp multiplies.
 struct Job {
   Weight weight;
@@ -243,7 +256,7 @@ __device__ __forceinline__ void multiply(const Job& j, const Inputs& inputs, flo
 
 // Sums of the block's channels: of the warps that share them, in order. In the memory of the rings.
 template <class Layout> struct Results {
-  float sums[stream_warps][Layout::panels * unit_rows][stream_rows + 1];
+  float sums[stream_warps][Layout::panels * unit_rows][few_rows + 1];
 
   template <bool exact, int tiles> __device__ __forceinline__ void put(const float (&totals)[Layout::panels][tiles][4]) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = lane % 4;

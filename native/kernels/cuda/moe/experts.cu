@@ -1,8 +1,8 @@
 // Sparse-expert dispatch: which kernels compute it. What is computed: kernels/moe/experts.h.
 //
 // METHOD      Few tokens, quantized experts: two launches stream the chosen experts' weights once (gate_up and down of stream.cu); one before
-//             them prepares inputs, one behind adds the slices up. Each begins while the one before it ends. Many tokens: pairs are sorted by expert; one launch computes gate, up and activation of all experts,
-//             one down, one adds up each token's own pairs in the order of its slots. Experts whose weights another kernel multiplies
+//             them prepares inputs, one behind adds the slices up. Each begins while the one before it ends. Many tokens: pairs are sorted by
+//             expert; one launch computes gate, up and activation of all experts, one down, one adds up each token's own pairs in the order of its slots. Experts whose weights another kernel multiplies
 //             (dense ones among quantized ones) are launches of their own.
 //             Nothing waits for the host, and launches do not depend on what tokens chose: a graph can hold them.
 // BOUND       Few tokens: memory, the chosen experts' weights. Many: operations, 6 pairs hidden width.
@@ -69,7 +69,6 @@ void run_few(Context& c, const Experts& e) {
   s.role = Role::gate_up;
   s.channels = int(e.hidden), s.shared_channels = int(e.shared_hidden);
   s.in = prepared.in;
-  s.slices = s.shared_slices = 1;
   s.hidden =
       allocate_planes(c, 4, (places + 1) * e.n, std::max(e.hidden, e.shared ? e.shared_hidden : 0), e.precision, Order::lanes);
   multiply_stream(c, s);
@@ -159,7 +158,7 @@ void experts(Context& c, const Experts& all) {
     e.n = std::min(most_tokens, all.n - first);
     e.x += first * e.width, e.out += first * e.width;
     e.weights += first * e.top_k, e.indices += first * e.top_k;
-    if (!paths.has(Path::bf16) && !paths.has(Path::scalar) && e.n <= stream_rows)
+    if (!paths.has(Path::bf16) && !paths.has(Path::scalar) && e.n <= few_rows)
       run_few(c, e);
     else
       run_many(c, e, paths);
